@@ -1,0 +1,164 @@
+"""The one door: `python -m stages NAME`. `--help` lists every stage and tool."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.core.errors import UserError
+from stages.core.launch import prepare_process
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="SFT → Regime W rollouts → preference pairs → DPO, measured on GSM8K Platinum.",
+)
+STAGES, TOOLS = "Stages, in the order `dvc repro` runs them", "Tools"
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare() -> None:
+    """Read or generate the problems; check, clean and split them."""
+    prepare_process(network=True)
+    from stages import prepare as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def base() -> None:
+    """Build, download or convert the base model."""
+    prepare_process(network=True)
+    from stages import base as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def sft() -> None:
+    """Fine-tune the base model on clean solutions (LoRA)."""
+    prepare_process()
+    from stages import sft as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def rollout() -> None:
+    """Let the SFT policy answer training questions through every arm."""
+    prepare_process()
+    from stages import rollout as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def coherence(
+    rollouts: Annotated[Path, typer.Option(help="Trajectories to score.")] = Path("data/rollouts.jsonl"),
+    out: Annotated[Path, typer.Option(help="Where the scored ones go.")] = Path("data/regime_w_rollouts.jsonl"),
+    metrics: Annotated[Path, typer.Option(help="Where the summary goes.")] = Path("metrics/regime_w.json"),
+    plots: Annotated[Path, typer.Option(help="Folder of the plot data.")] = Path("metrics/plots/regime_w"),
+) -> None:
+    """Score the coherence of each trajectory and its reward (Regime W)."""
+    prepare_process()
+    from stages import coherence as stage
+
+    stage.main(rollouts, out, metrics, plots)
+
+
+@app.command(rich_help_panel=STAGES)
+def preference(
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path("data/regime_w_rollouts.jsonl"),
+    out: Annotated[Path, typer.Option(help="Where the pairs go.")] = Path("data/coherence_preferences.jsonl"),
+    metrics: Annotated[Path, typer.Option(help="Where the counts go.")] = Path("metrics/preference.json"),
+) -> None:
+    """Make preference pairs from the scored trajectories."""
+    prepare_process()
+    from stages import preference as stage
+
+    stage.main(rollouts, out, metrics)
+
+
+@app.command(rich_help_panel=STAGES)
+def dpo() -> None:
+    """Train the DPO adapter from the pairs, starting at the SFT adapter."""
+    prepare_process()
+    from stages import dpo as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(policy: Annotated[str, typer.Argument(help="base, sft or dpo")]) -> None:
+    """Evaluate a policy on Platinum: greedy answers and samples."""
+    prepare_process()
+    from stages import evaluate as stage
+
+    if policy not in stage.ADAPTERS:
+        raise UserError(f"evaluate: no policy '{policy}'; choose one of {', '.join(stage.ADAPTERS)}")
+    stage.main(policy)
+
+
+@app.command(rich_help_panel=STAGES)
+def headline() -> None:
+    """Copy one policy's metrics to metrics/headline.json, for `dvc metrics diff`."""
+    prepare_process()
+    from stages import headline as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=STAGES)
+def report() -> None:
+    """Compare the policies and write report.html."""
+    prepare_process()
+    from stages import report as stage
+
+    stage.main()
+
+
+@app.command(rich_help_panel=TOOLS)
+def check() -> None:
+    """Validate everything without running anything, and show the first prompts."""
+    prepare_process()
+    from stages.tools import check as tool
+
+    tool.main()
+
+
+@app.command(rich_help_panel=TOOLS)
+def results() -> None:
+    """Print the result table of the last run."""
+    prepare_process()
+    from stages.core.table import print_results
+
+    print_results()
+
+
+@app.command(rich_help_panel=TOOLS)
+def runs(versions: Annotated[bool, typer.Option(help="Show package versions too.")] = False) -> None:
+    """List the stages run on this machine: when, how long, how much memory."""
+    prepare_process()
+    from stages.tools import runs as tool
+
+    tool.main(versions)
+
+
+def main() -> None:
+    """Run a command; a user's mistake ends in one line on stderr and exit status 1."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A policy: the base model, and on top of it an adapter that is never merged into the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stages.core.errors import UserError
+from stages.core.paths import BASE
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_base(folder: Path = BASE) -> tuple[Any, Any]:
+    """Model (in the precision it was saved in, on the GPU when there is one) and tokenizer of a checkpoint folder."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(f"{folder}: the tokenizer's pad token must exist and differ from its end token; rerun base")
+    return model.to(device), tokenizer
+
+
+def load_policy(adapter: Path | None, base: Path = BASE, trainable: bool = False) -> tuple[Any, Any]:
+    """The base model with `adapter` applied unmerged (or none), and its tokenizer."""
+    model, tokenizer = load_base(base)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    return model.train(trainable), tokenizer
+
+
+def adapter_weights(model: Any, name: str = "default") -> dict[str, torch.Tensor]:
+    """The tensors of one adapter on the CPU, under the names PEFT saves them by."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    return {key: value.detach().cpu().contiguous().clone() for key, value in sorted(state.items())}
+
+
+def save_adapter(weights: Mapping[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
+    """Write an adapter as PEFT reads it: weights and config, nothing else."""
+    save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def adapter_config(model: Any, name: str = "default") -> dict[str, Any]:
+    """The adapter's config as plain data, the same for every machine: lists sorted, no path but the base's."""
+    config = model.peft_config[name].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    plain |= {"base_model_name_or_path": BASE.as_posix(), "inference_mode": True}
+    return json.loads(json.dumps(plain, default=lambda value: getattr(value, "value", str(value))))
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter."""
+    return load_file(folder / ADAPTER_WEIGHTS)

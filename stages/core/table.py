@@ -1,0 +1,102 @@
+"""The result table in the terminal, from `metrics/*.json` alone; fits 80 columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.errors import UserError
+from stages.core.records import read_json
+from stages.core.stats import health_warnings, p_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+POLICIES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
+
+
+def samples_of(metrics: Mapping[str, Any]) -> int:
+    """The k of the `mean_at_k` in one policy's metrics; 0 when no samples were drawn."""
+    return max((int(m[1]) for m in (re.fullmatch(r"mean_at_(\d+)", key) for key in metrics) if m), default=0)
+
+
+def read_policies(root: Path) -> dict[str, dict[str, Any]]:
+    """Metrics of the evaluated policies, in the order of the pipeline; empty when there are none."""
+    paths = {name: root / "metrics" / "platinum_details" / f"{name}.json" for name in POLICIES}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+
+
+def print_results(root: Path = Path(), console: Console | None = None) -> None:
+    """Print what each policy scored, what changed from the one before it, and where to look next.
+
+    Raises UserError when nothing was evaluated yet or a metrics file is damaged.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    policies = read_policies(root)
+    if not policies:
+        raise UserError("metrics/platinum: there are no results yet; run `dvc repro`")
+    comparison_file = root / "metrics" / "comparison.json"
+    comparisons: dict[str, Any] = read_json(comparison_file) if comparison_file.is_file() else {}
+    k = max(samples_of(metrics) for metrics in policies.values())
+
+    table = Table(title="GSM8K Platinum", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("policy")
+    table.add_column("greedy (95 %)", justify="right", no_wrap=True)
+    table.add_column("change", justify="right", no_wrap=True)
+    table.add_column("p", justify="right", no_wrap=True)
+    if k:
+        table.add_column(f"mean@{k}", justify="right", no_wrap=True)
+        table.add_column("change", justify="right", no_wrap=True)
+        table.add_column("p", justify="right", no_wrap=True)
+
+    before = ""
+    words, warnings = [], []
+    for name, metrics in policies.items():
+        step = comparisons.get(f"{before}_to_{name}", {})
+        accuracy, low, high = (100 * metrics[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        cells = [
+            POLICIES[name],
+            f"{accuracy:.1f} % ({low:.1f}–{high:.1f})",
+            *_change(step, "difference", "p"),
+        ]
+        if k:
+            own = samples_of(metrics)
+            cells.append(f"{100 * metrics[f'mean_at_{own}']:.1f} %" if own else "")
+            cells += _change(step, "mean_difference", "mean_p")
+        table.add_row(*cells)
+        if step:
+            words += [f"{POLICIES[before]} → {POLICIES[name]}", f"  greedy {step['verdict']}"]
+            if "mean_verdict" in step:
+                words.append(f"  mean@{step['samples_b']} {step['mean_verdict']}")
+        warnings += health_warnings(metrics, POLICIES[name])
+        before = name
+
+    console.print(table)
+    for line in words:
+        console.print(escape(line), highlight=False)
+    for line in warnings:
+        console.print(f"[bold red]WARNING[/bold red] {escape(line)}", highlight=False)
+    console.print("\nWhere to look next", style="bold")
+    for command, what in (
+        ("report.html", "open it in a browser: every question, gained and lost"),
+        ("dvc metrics show", "all metrics"),
+        ("dvc plots show", "curves, arms, coherence"),
+    ):
+        console.print(f"  {command:<18}{what}", highlight=False)
+
+
+def _change(step: Mapping[str, Any], difference: str, p: str) -> list[str]:
+    """Two cells: the change in points and its p; empty when there is nothing to compare with."""
+    if difference not in step:
+        return ["", ""]
+    return [
+        f"{100 * step[difference]:+.1f}",
+        p_words(step[p]).removeprefix("p ").removeprefix("= ").replace("< ", "<"),
+    ]

@@ -1,0 +1,52 @@
+"""One interface for generating text: requests go in, completions come out as they finish."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion wanted. `temperature` 0 is greedy decoding; `top_p` and `seed` matter only above 0."""
+
+    id: str
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What came of a request.
+
+    `tokens` are the new token ids without the end token. `finish` is `stop` (the end token came) or
+    `length`. `logprob` is the summed natural-log probability of all new tokens, the end token included,
+    at temperature 1.
+    """
+
+    id: str
+    tokens: tuple[int, ...]
+    finish: Literal["stop", "length"]
+    logprob: float
+
+
+class Engine(Protocol):
+    """Something that can complete requests with one policy."""
+
+    def generate(self, requests: Iterable[Request], done: frozenset[str] = frozenset()) -> Iterator[Completion]:
+        """Complete every request whose id is not in `done`, in whatever order they finish.
+
+        All requests of a run are given also when it is resumed, so that an engine may plan alike.
+        """
+        ...
+
+
+def request_seed(seed: int, *parts: str) -> int:
+    """A request's own 63-bit seed, from the run's seed and what tells the request apart."""
+    text = "/".join((str(seed), *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

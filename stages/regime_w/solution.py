@@ -1,0 +1,557 @@
+"""Reading a solution: its equations, exactly, each with its place in the text.
+
+    "16 eggs - 3 eggs = 13 eggs left"   ->  16-3=13, holds
+    "<<12-2=10>>10"                     ->  12-2=10, holds
+    "2+3 = 5+1 = 6"                     ->  2+3=5 and 5+1=6
+
+A line with `<<...>>` annotations is read from them alone, any other line from its prose. docs/regime-w.md has
+the rules in plain words. Numbers are exact rationals of bounded size, nothing is ever evaluated as code, and
+the time is linear in the text's length, whatever the text is.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+Number = int | Fraction
+Step = int | str  # of a program: the index of an operand, or an operation
+
+MAX_DIGITS = 30  # of one number; with MAX_OPERANDS it bounds every intermediate result
+MAX_OPERANDS = 64  # of one expression
+MAX_EQUATIONS = 1000  # of one solution; further ones are skipped and counted
+MAX_BITS = 4096  # of a re-run value's numerator or denominator; a larger one is undefined
+MAX_QUESTION_NUMBERS = 100  # distinct numbers of a question; further ones are not changed
+
+_NUMBER = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|[ ])[0-9]{3}){1,12}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++"
+_ANNOTATION = re.compile(r"<<([^<>\n]*+)>>")
+_QUESTION_NUMBER = re.compile(_NUMBER)
+# What most annotations are; group 2 is the operation.
+_SIMPLE = re.compile(r"(0|[1-9][0-9]{0,14})([-+*/])(0|[1-9][0-9]{0,14})=(0|[1-9][0-9]{0,14})\Z")
+_ALIKE = str.maketrans(
+    "０１２３４５６７８９×✕✖·∙⋅∗＊÷／⁄−–‐‑－＋＝，．％＄（）\u00a0\u2009\u202f\u2007\u3000’“”",
+    '0123456789********///-----+=,.%$()     \'""',
+)
+# Tokens of prose. The order matters; every alternative is possessive or bounded, so scanning is linear.
+_TOKEN = re.compile(
+    rf"(?P<number>{_NUMBER})"
+    r"|(?P<skip>\s++|[$€£¥₹]|\\[$(\[\])! ,;]|\\(?:boxed|left|right|quad|displaystyle)(?![A-Za-z(])"
+    r"|\*\*(?![0-9(])|[`_'\"]|\.(?=[ ]?[-+*/=])|&(?==))"
+    r"|(?P<times>\\times|\\cdot|\\ast|[xX](?=[ ]?+(?:\\?[$€£¥₹][ ]?)?+(?:\\[dt]?frac)?[.0-9({]))"
+    r"|(?P<word>[A-Za-z]++(?:[/'-][A-Za-z]++)*+(?:[ ](?![xX])[A-Za-z]{2,}+(?:[/'-][A-Za-z]++)*+)*+)"
+    r"|(?P<equals>(?<![<>!])={1,2}+(?!>))"
+    r"|(?P<unit>/(?=[ ]?[A-Za-z]{2})|-(?=[A-Za-z]{2})|\\(?:text|mathrm|textbf|mathbf)\{[^{}\n]{0,60}\}"
+    r"|\((?=[^()0-9=\n]{1,60}\))[^()0-9=\n]*+\))"
+    r"|(?P<power>\^|\*\*)"
+    r"|(?P<operator>[-+*/]|\\div)"
+    r"|(?P<open>\\left\(|\()|(?P<close>\\right\)|\))"
+    r"|(?P<percent>\\?%)"
+    r"|(?P<frac>\\[dt]?frac[ ]?\{)|(?P<brace>[{}])"
+    r"|(?P<stop>[\s\S])"
+)
+_VARIABLES = frozenset("xyznXYZN")
+_PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
+
+
+@dataclass(slots=True, frozen=True)
+class Operand:
+    """A number as printed in an expression; `percent` divides it by 100."""
+
+    printed: Number
+    percent: bool = False
+    decimals: int = 0
+
+    @property
+    def value(self) -> Number:
+        """What it counts for."""
+        return divide(self.printed, 100) if self.percent else self.printed
+
+
+@dataclass(slots=True, frozen=True)
+class Equation:
+    """`expr = value` as found in the text at [start, end).
+
+    `program` is the expression in postfix order: indices into `operands`, and + - * / neg. `value` is the
+    printed result, `computed` what the expression gives (None after a division by zero).
+    """
+
+    start: int
+    end: int
+    operands: tuple[Operand, ...]
+    program: tuple[Step, ...]
+    value: Number
+    computed: Number | None
+    holds: bool
+
+
+@dataclass(slots=True, frozen=True)
+class Solution:
+    """The equations of a text in order, and how many statements with `=` gave none."""
+
+    equations: tuple[Equation, ...]
+    skipped: int
+
+
+def question_numbers(question: str) -> list[Number]:
+    """The distinct digit numbers of a question as printed, in order; the first 100 of them."""
+    text = question if question.isascii() else question.translate(_ALIKE)
+    numbers: dict[Number, None] = {}
+    for match in _QUESTION_NUMBER.finditer(text):
+        read = read_number(match[0])
+        if read is not None:
+            numbers.setdefault(read[0])
+            if len(numbers) == MAX_QUESTION_NUMBERS:
+                break
+    return list(numbers)
+
+
+def read_number(text: str) -> tuple[Number, int] | None:
+    """A digit number and its count of decimals; None above MAX_DIGITS digits."""
+    if len(text) > 4 * MAX_DIGITS:
+        return None
+    if not text.isdigit():
+        text = text.replace(",", "").replace(" ", "").replace("{}", "")
+    whole, _, decimals = text.partition(".")
+    if len(whole) + len(decimals) > MAX_DIGITS:
+        return None
+    if not decimals:
+        return int(whole), 0
+    return normal(Fraction(int(whole + decimals), 10 ** len(decimals))), len(decimals)
+
+
+def normal(value: Number) -> Number:
+    """An int when it is whole: several times faster than a Fraction."""
+    return value.numerator if value.denominator == 1 else value
+
+
+def divide(a: Number, b: Number) -> Number:
+    """Exact a / b. Raises ZeroDivisionError."""
+    if isinstance(a, int) and isinstance(b, int):
+        quotient, rest = divmod(a, b)
+        return quotient if not rest else Fraction(a, b)
+    return normal(Fraction(a) / b)
+
+
+def evaluate(program: tuple[Step, ...], values: list[Number]) -> Number | None:
+    """The program's result for these operand values; None on a division by zero."""
+    if len(program) == 3 and program[2] != "neg":  # most equations: one operation on two numbers
+        a, b, operation = values[0], values[1], program[2]
+        if operation == "*":
+            return normal(a * b)
+        if operation == "+":
+            return normal(a + b)
+        if operation == "-":
+            return normal(a - b)
+        return divide(a, b) if b else None
+    stack: list[Number] = []
+    for step in program:
+        if isinstance(step, int):
+            stack.append(values[step])
+            continue
+        b = stack.pop()
+        if step == "neg":
+            stack.append(-b)
+            continue
+        a = stack.pop()
+        if step == "+":
+            stack.append(a + b)
+        elif step == "-":
+            stack.append(a - b)
+        elif step == "*":
+            stack.append(a * b)
+        elif b == 0:
+            return None
+        else:
+            stack.append(divide(a, b))
+    return normal(stack[0])
+
+
+def read_solution(text: str) -> Solution:
+    """All equations of `text` in order."""
+    equations: list[Equation] = []
+    skipped = 0
+    place = 0
+    for line in text.split("\n"):
+        if "=" in line or "＝" in line:
+            annotations = _ANNOTATION.finditer(line) if "<<" in line else None
+            first = next(annotations, None) if annotations else None
+            if first is None:
+                found, missed = _read_chains(line, place, annotated=False)
+                equations += found
+                skipped += missed
+            else:
+                skipped += _read_annotation(first, place, equations)
+                for match in annotations or ():
+                    skipped += _read_annotation(match, place, equations)
+        place += len(line) + 1
+    if len(equations) > MAX_EQUATIONS:
+        skipped += len(equations) - MAX_EQUATIONS
+        del equations[MAX_EQUATIONS:]
+    return Solution(tuple(equations), skipped)
+
+
+_BINARY: dict[str, tuple[Step, ...]] = {op: (0, 1, op) for op in "+-*/"}
+
+
+def _read_annotation(match: re.Match[str], place: int, equations: list[Equation]) -> int:
+    """Append what one annotation says; 1 when nothing could be read from it."""
+    simple = _SIMPLE.match(match[1])
+    if simple:
+        a, b, value = int(simple[1]), int(simple[3]), int(simple[4])
+        operation = simple[2]
+        computed: Number | None
+        if operation == "*":
+            computed = a * b
+        elif operation == "+":
+            computed = a + b
+        elif operation == "-":
+            computed = a - b
+        else:
+            computed = divide(a, b) if b else None
+        holds = computed == value or (computed is not None and -1 <= 2 * (computed - value) <= 1)
+        operands = (Operand(a), Operand(b))
+        start, end = match.span()
+        equations.append(
+            Equation(place + start, place + end, operands, _BINARY[operation], value, computed, holds)
+        )
+        return 0
+    found, _ = _read_chains(match[1], place + match.start(1), annotated=True)
+    start, end = place + match.start(), place + match.end()
+    equations += [Equation(start, end, e.operands, e.program, e.value, e.computed, e.holds) for e in found]
+    return 0 if found else 1
+
+
+# ---- prose -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Member:
+    """What stands between two `=` of a chain."""
+
+    operands: list[Operand]
+    program: tuple[Step, ...]
+    start: int
+    end: int
+    first_end: int  # where its first number ends
+    bare_fraction: bool  # `3/4`: may be a printed value
+
+    def number(self) -> tuple[Number, Fraction] | None:
+        """Its value and half a unit of its last decimal, when it is a number rather than an expression."""
+        if len(self.operands) == 1:
+            value, half = self.first_number()
+            return (-value if "neg" in self.program else value), half
+        if self.bare_fraction:
+            value_or_none = self.computed()
+            return None if value_or_none is None else (value_or_none, Fraction(0))
+        return None
+
+    def first_number(self) -> tuple[Number, Fraction]:
+        first = self.operands[0]
+        half = Fraction(1, 2 * int("1" + "0" * first.decimals) * (100 if first.percent else 1))
+        return first.value, half
+
+    def computed(self) -> Number | None:
+        return evaluate(self.program, [operand.value for operand in self.operands])
+
+
+def _read_chains(line: str, place: int, annotated: bool) -> tuple[list[Equation], int]:
+    """Equations of one line (or one annotation), and how many chains with `=` gave none."""
+    equations: list[Equation] = []
+    skipped = 0
+    for members in _chains(line):
+        found = _read_chain(members, place, annotated)
+        equations += found
+        skipped += not found
+    return equations, skipped
+
+
+def _read_chain(members: list[_Member | None], place: int, annotated: bool) -> list[Equation]:
+    """The equations of `a = b = c ...`; a member that cannot be read is None, and breaks the chain."""
+    equations: list[Equation] = []
+    step: _Member | None = None  # the expression waiting for its number
+    step_value: Number | None = None
+    last = len(members) - 1
+    for index, member in enumerate(members):
+        if member is None:
+            step = None
+            continue
+        number = member.number()
+        if len(member.operands) > 1 and not (number and index == last):
+            value = member.computed()
+            if step is not None:
+                if value is not None and value == step_value:
+                    continue  # the same step, restated
+                equations.append(_equation(step, step_value, *member.first_number(), place, member.first_end))
+            step, step_value = member, value
+        elif step is not None and number:
+            equations.append(_equation(step, step_value, *number, place, member.end))
+            step = None
+        elif annotated and index == 0 and number:
+            step, step_value = member, number[0]  # <<12=12>>
+    return equations
+
+
+def _equation(
+    step: _Member, computed: Number | None, value: Number, half: Fraction, place: int, end: int
+) -> Equation:
+    holds = computed is not None and (computed == value or -half <= computed - value <= half)
+    return Equation(
+        place + step.start, place + end, tuple(step.operands), step.program, value, computed, holds
+    )
+
+
+class _Expression:
+    """A shunting yard (Dijkstra 1961) fed token by token."""
+
+    __slots__ = ("end", "first_end", "open", "operands", "start", "tokens")
+
+    def __init__(self, start: int) -> None:
+        self.tokens: list[Step] = []
+        self.operands: list[Operand] = []
+        self.start = self.end = self.first_end = start
+        self.open = 0
+
+    def finish(self) -> _Member | None:
+        """The expression as a member; None when it is not complete. An outer `(` never closed is dropped."""
+        tokens = self.tokens
+        if self.open:
+            depth = 0
+            for index in range(len(tokens) - 1, -1, -1):
+                depth += (tokens[index] == ")") - (tokens[index] == "(")
+                if depth < 0:
+                    tokens = tokens[index + 1 :]
+                    break
+        program: list[Step] = []
+        waiting: list[str] = []
+        used = [token for token in tokens if isinstance(token, int)]
+        if not used:
+            return None
+        first = used[0]
+        for token in tokens:
+            if isinstance(token, int):
+                program.append(token - first)
+            elif token in ("(", "neg"):
+                waiting.append(token)
+            elif token == ")":
+                while waiting[-1] != "(":
+                    program.append(waiting.pop())
+                waiting.pop()
+            else:
+                while waiting and waiting[-1] != "(" and _PRIORITY[waiting[-1]] >= _PRIORITY[token]:
+                    program.append(waiting.pop())
+                waiting.append(token)
+        program += reversed(waiting)
+        operands = self.operands[first:]
+        return _Member(operands, tuple(program), self.start, self.end, self.first_end, program == [0, 1, "/"])
+
+
+class _Scanner:
+    """Follows the tokens of one line and cuts it into chains of members.
+
+    `expression` is the one being read. `complete`: it may end here (its last token is a number or a closed
+    parenthesis, units after it included). `waiting`: an operation that counts only if a number follows.
+    `unknown`: something without a number stands where an operand should, so what `=` closes is unreadable.
+    `spoilt`: nothing can be read before the next `=` or the next stop.
+    """
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+        self.indent = len(line) - len(line.lstrip())
+        self.chains: list[list[_Member | None]] = []
+        self.members: list[_Member | None] = []
+        self.braces: list[str] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.expression: _Expression | None = None
+        self.complete = False
+        self.waiting = ""
+        self.sign = ""
+        self.unknown = False
+        self.spoilt = False
+        self.touching = False  # only spaces since the last number or parenthesis
+        self.fresh = True  # no word since the last stop or `=`
+        self.denominator = False  # the next `{` opens one
+
+    def scan(self, start: int, last_equals: int) -> list[list[_Member | None]]:
+        """The chains of the line from `start` to the end of the one that holds its last `=`."""
+        for match in _TOKEN.finditer(self.line, start):
+            kind = match.lastgroup
+            if kind == "skip":
+                continue
+            if kind == "equals":
+                self.close_member(final=False)
+            elif kind == "stop":
+                self.close_chain()
+                if match.start() > last_equals:
+                    break
+            elif self.spoilt:
+                continue
+            elif kind == "number":
+                self.number(match)
+                if match.start() > last_equals and not self.members:
+                    break
+            elif kind == "word":
+                self.word(match[0])
+            elif kind == "operator" or kind == "times":
+                self.operator(match)
+            elif kind == "open" or kind == "frac":
+                self.open(match)
+            elif kind == "close":
+                self.close(match)
+            elif kind == "percent":
+                self.percent(match.end())
+            elif kind == "brace":
+                self.brace(match)
+            elif kind == "power":  # `**` that touches no number is bold text
+                self.spoilt = self.touching or match[0] == "^"
+            else:  # a unit in LaTeX or in parentheses
+                self.touching = False
+        self.close_chain()
+        return self.chains
+
+    def number(self, match: re.Match[str]) -> None:
+        read = read_number(match[0])
+        if read is None:
+            self.spoilt = True
+            return
+        if self.unknown or (self.complete and not self.waiting):
+            self.close_chain()
+        expression = self.operand_place(match.start())
+        if len(expression.operands) == MAX_OPERANDS:
+            self.spoilt = True
+            return
+        expression.tokens.append(len(expression.operands))
+        expression.operands.append(Operand(read[0], False, read[1]))
+        expression.end = match.end()
+        if len(expression.operands) == 1:
+            expression.first_end = expression.end
+        self.complete = self.touching = True
+
+    def operand_place(self, start: int) -> _Expression:
+        """The expression to which an operand or `(` may now be added, with what waits before it."""
+        expression = self.expression
+        if expression is None:
+            expression = self.expression = _Expression(start)
+        if self.waiting:
+            expression.tokens.append(self.waiting)
+            self.waiting = ""
+        if self.sign == "-":
+            expression.tokens.append("neg")
+        self.sign = ""
+        return expression
+
+    def word(self, word: str) -> None:
+        first = word.split(" ", 1)[0]
+        if self.touching and first in _VARIABLES:
+            self.spoilt = True
+            return
+        self.touching = self.fresh = False
+        if self.waiting or self.sign or (self.expression is not None and not self.complete):
+            # An operation on words: it does not count, and what follows is no part of the expression.
+            self.unknown = True
+            self.waiting = self.sign = ""
+            if not self.complete:
+                self.expression = None
+
+    def operator(self, match: re.Match[str]) -> None:
+        text = match[0]
+        operation = "/" if text == "\\div" else text if text in "+-*/" else "*"
+        self.touching = False
+        after = self.line[match.end() : match.end() + 1]
+        if self.complete and not self.unknown and not self.waiting:
+            self.waiting = operation
+        elif operation in "+-" and (self.waiting or (self.expression is not None and not self.complete)):
+            self.sign = operation
+        elif operation in "+-" and ((self.fresh and self.members) or re.match(r"[0-9.($\\]", after)):
+            if self.line[match.start() - 1 : match.start()].isalnum():
+                self.spoilt = True
+            self.sign = operation
+        elif match.start() > self.indent or after != " ":  # not the bullet of a list
+            self.spoilt = True
+
+    def open(self, match: re.Match[str]) -> None:
+        place = match.start()
+        if self.unknown or (self.complete and not self.waiting):
+            before = self.line[place - 1 : place]
+            if match.lastgroup == "open" and not self.unknown and (before.isdigit() or before == ")"):
+                self.waiting = "*"
+            else:
+                self.close_chain()
+        if match.lastgroup == "frac":
+            self.braces.append("numerator")
+        expression = self.operand_place(place)
+        expression.tokens.append("(")
+        expression.open += 1
+        self.complete = self.touching = False
+        self.spoilt = len(expression.tokens) > 6 * MAX_OPERANDS
+
+    def close(self, match: re.Match[str]) -> None:
+        expression = self.expression
+        if expression is None or not expression.open or not self.complete or self.waiting or self.unknown:
+            if self.waiting or self.unknown or (expression is not None and expression.open):
+                self.spoilt = True
+            else:
+                self.close_chain()
+            return
+        expression.tokens.append(")")
+        expression.open -= 1
+        expression.end = match.end()
+        self.touching = True
+
+    def percent(self, end: int) -> None:
+        expression = self.expression
+        if self.touching and expression is not None and isinstance(expression.tokens[-1], int):
+            last = expression.operands[-1]
+            expression.operands[-1] = Operand(last.printed, True, last.decimals)
+            expression.end = end
+            if len(expression.operands) == 1:
+                expression.first_end = end
+
+    def brace(self, match: re.Match[str]) -> None:
+        if match[0] == "{":
+            if self.denominator:
+                self.denominator = False
+                self.open(match)
+                self.braces.append("denominator")
+            else:
+                self.braces.append("plain")
+            return
+        kind = self.braces.pop() if self.braces else "plain"
+        if kind != "plain":
+            self.close(match)
+        if kind == "numerator":
+            self.waiting, self.denominator = "/", True
+
+    def close_member(self, final: bool) -> None:
+        expression = self.expression
+        member = None
+        readable = expression is not None and self.complete and not self.spoilt
+        if expression is not None and readable and (final or not (self.waiting or self.unknown)):
+            member = expression.finish()
+        if not final or member is not None or self.spoilt:
+            self.members.append(member)
+        self.reset()
+
+    def close_chain(self) -> None:
+        if self.members:
+            self.close_member(final=True)
+            self.chains.append(self.members)
+            self.members = []
+            self.braces.clear()
+        else:
+            self.reset()
+
+
+def _chains(line: str) -> list[list[_Member | None]]:
+    """The chains with at least one `=` in a line."""
+    if not line.isascii():
+        line = line.translate(_ALIKE)
+    first, last = line.find("="), line.rfind("=")
+    if first < 0:
+        return []
+    sentence = line.rfind(". ", 0, first) + 2
+    if sentence == 1 or line[sentence : sentence + 1] in "+-*/=":
+        sentence = 0
+    return _Scanner(line).scan(sentence, last)

@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: teach the base model the clean solutions, as a LoRA adapter.
+
+    prompt      <s> Question: Ann has 3 bags of 4 apples ... Answer:      (no loss)
+    completion  Ann starts with <<3*4=12>>12 apples. ... #### 10 </s>     (loss, the end token included)
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from stages.core.launch import fix_arithmetic
+from stages.core.paths import BASE, SFT_ADAPTER
+from stages.core.policy import adapter_config, adapter_weights, load_base, save_adapter
+from stages.core.prompts import completion_ids, completion_text, prompt_ids
+from stages.core.records import read_jsonl
+from stages.core.stage import StageRun, atomic_folder, stage_run
+from stages.core.training import (
+    Progress,
+    assert_trainable,
+    newest_checkpoint,
+    total_steps,
+    trainer_arguments,
+    write_curve,
+)
+
+TRAIN = Path("data/gsm8k/train.jsonl")
+CURVE = Path("metrics/curves/sft.csv")
+
+
+def main() -> None:
+    """Train the SFT adapter from the base model and the training problems."""
+    with stage_run(
+        "sft", sections=("sft", "prompt", "seed"), inputs=[TRAIN, BASE], outputs=[SFT_ADAPTER, CURVE]
+    ) as run:
+        from datasets import Dataset
+        from peft import LoraConfig, get_peft_model
+        from transformers import PrinterCallback
+        from trl import SFTConfig, SFTTrainer
+
+        spec, seed = run.params.sft, run.params.seed
+        fix_arithmetic(run.params.hardware.threads, seed)
+
+        # Data: a style for each problem, prompt and completion joined as tokens.
+        model, tokenizer = load_base()
+        rows, too_long = build_rows(run, tokenizer)
+        if not rows:
+            raise RuntimeError(f"all {too_long} training examples are longer than sft.max_tokens")
+
+        # Model: a fresh adapter on every linear layer.
+        lora = LoraConfig(
+            r=spec.lora.r,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, lora)
+        trained = assert_trainable(model)
+
+        # Training, from the newest complete checkpoint if an earlier run was interrupted.
+        checkpoint = newest_checkpoint(run.work)
+        arguments = trainer_arguments(spec, run.params.hardware, seed, run.work, model)
+        with run.progress("training", total_steps(len(rows), spec), "steps", _step(checkpoint)) as advance:
+            trainer = SFTTrainer(
+                model=model,
+                args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=[Progress(advance)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+        # Outputs.
+        columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "grad_norm": "grad_norm"}
+        write_curve(trainer.state.log_history, {**columns, "learning_rate": "learning_rate"}, CURVE)
+        with atomic_folder(SFT_ADAPTER) as folder:
+            save_adapter(adapter_weights(model), adapter_config(model), folder)
+        skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
+        run.say(f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}")
+
+
+def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
+    """Tokenized training rows (`input_ids`, and `labels` with -100 on the prompt), and how many were too long."""
+    spec, prompt = run.params.sft, run.params.prompt
+    rng = random.Random(f"{run.params.seed}/sft")
+    problems = list(read_jsonl(TRAIN, {"question": str, "answer": str}))
+    if spec.examples and spec.examples < len(problems):
+        problems = rng.sample(problems, spec.examples)
+    rows = []
+    for problem in problems:
+        before = prompt_ids(tokenizer, prompt, problem["question"], rng.choice(spec.styles))
+        after = completion_ids(tokenizer, completion_text(prompt, problem["answer"]))
+        if len(before) + len(after) <= spec.max_tokens:
+            rows.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
+    return rows, len(problems) - len(rows)
+
+
+def _step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0

@@ -1,0 +1,168 @@
+"""`python -m stages check`: what can be known before a run, and the first filled prompt of every stage.
+
+Nothing runs and nothing is written: a wrong template or path is seen here, before it costs a night.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.errors import UserError
+from stages.core.params import DirectoryModel, FilesData, GeneratedData, Params, load_params
+from stages.core.prompts import completion_text, prompt_messages, prompt_text
+from stages.core.records import read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TRAIN = Path("data/gsm8k/train.jsonl")
+BASE = Path("checkpoints/base")
+SCORER_FUNCTION = "score_group"
+# Shown where there is no data yet and none can be made here.
+SAMPLE = {
+    "question": "Ann has 3 bags of 4 apples and eats 2. How many apples are left?",
+    "answer": "There are <<3*4=12>>12 apples.\nAfter eating 2 there are <<12-2=10>>10.\n#### 10",
+}
+
+
+def main(console: Console | None = None) -> None:
+    """Check parameters, files and prompts, and print what was found.
+
+    Raises UserError for the first thing that is wrong, after all of them were listed.
+    """
+    from rich.console import Console
+
+    console = console or Console()
+    params = load_params()
+    checks = [("params.yaml", ""), (f"profiles/{params.profile}.yaml", ""), *_files(params)]
+    _print_checks(console, checks)
+    problems = [f"{name}: {problem}" for name, problem in checks if problem]
+    if problems:
+        raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
+    example, origin = _example(params)
+    tokenizer, note = _tokenizer(params)
+    console.print(
+        f"\nPrompts, filled with {origin}; what the model is given, then what it is to write", style="bold"
+    )
+    if note:
+        console.print(note, markup=False, highlight=False)
+    for title, text in _prompts(params, example, tokenizer):
+        console.rule(title, align="left", style="dim")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_checks(console: Console, checks: list[tuple[str, str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("checked")
+    table.add_column("")
+    for name, problem in checks:
+        table.add_row(escape(name), f"[red]{escape(problem)}[/red]" if problem else "[green]OK[/green]")
+    console.print(table)
+
+
+def _files(params: Params) -> Iterator[tuple[str, str]]:
+    """(what was looked at, what is wrong with it or '') for every file the parameters name."""
+    scorer = Path(params.regime_w.scorer)
+    yield f"regime_w.scorer {scorer}", _scorer_problem(scorer)
+    if isinstance(params.data, FilesData):
+        for name in ("train", "platinum"):
+            path = Path(getattr(params.data, name))
+            yield f"data.{name} {path}", "" if path.is_file() else "there is no such file"
+    if isinstance(params.model, DirectoryModel):
+        folder = Path(params.model.path)
+        found = (folder / "config.json").is_file()
+        yield (
+            f"model.path {folder}",
+            "" if found else "holds no config.json; name a model's folder as on the hub",
+        )
+
+
+def _scorer_problem(path: Path) -> str:
+    """What is wrong with the scorer file. It is read, not run: it may be private, slow or unfinished."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except (SyntaxError, ValueError) as error:
+        return f"not valid Python ({error})"
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return "" if SCORER_FUNCTION in names else f"defines no {SCORER_FUNCTION}(question, trajectories)"
+
+
+def _example(params: Params) -> tuple[dict[str, Any], str]:
+    """A question with its gold solution, and where it comes from."""
+    if TRAIN.is_file():
+        for row in islice(read_jsonl(TRAIN, {"question": str, "answer": str}), 1):
+            return row, f"the first row of {TRAIN}"
+    if isinstance(params.data, FilesData):
+        for row in islice(read_jsonl(Path(params.data.train), {"question": str, "answer": str}), 1):
+            return row, f"the first row of {params.data.train}"
+    if isinstance(params.data, GeneratedData):
+        from stages.tiny.problems import problems
+
+        problem = next(problems("train", params.seed))
+        return {"question": problem.question, "answer": problem.answer}, "the first generated problem"
+    return SAMPLE, "a sample question (run `dvc repro prepare` to see one of your own)"
+
+
+def _tokenizer(params: Params) -> tuple[Any, str]:
+    """The tokenizer whose chat template fills the prompts, or None and why there is none yet."""
+    if not params.prompt.chat:
+        return None, ""
+    if not (BASE / "manifest.json").is_file():
+        return (
+            None,
+            f"{BASE} is not there; the tokenizer applies its chat template after `base` ran. The messages",
+        )
+    if read_json(BASE / "manifest.json")["params"]["model"] != params.model_dump(mode="json")["model"]:
+        return (
+            None,
+            f"{BASE} holds another model; the chat template comes with `dvc repro base`. The messages",
+        )
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"prompt.chat: is true, but the tokenizer in {BASE} has no chat template; set chat: false"
+        )
+    return tokenizer, ""
+
+
+def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """(title, filled prompt) for every stage that builds one."""
+
+    def filled(style: str | None = None, system: str | None = None) -> str:
+        if not params.prompt.chat:
+            return prompt_text(params.prompt, example["question"], style)
+        messages = prompt_messages(params.prompt, example["question"], style, system)
+        if tokenizer is None:
+            return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    completion = completion_text(params.prompt, example["answer"])
+    for style in dict.fromkeys(params.sft.styles):
+        yield f"sft, style {style}: prompt", filled(style)
+    yield "sft: completion (the end token follows)", completion
+    arms: dict[tuple[str, str | None], list[str]] = {}
+    for name, arm in params.rollout.arms.items():
+        arms.setdefault((arm.style, arm.system or params.prompt.system), []).append(name)
+    for (style, system), names in arms.items():
+        yield f"rollout, style {style}: {', '.join(names)}", filled(style, system)
+    yield f"dpo: style {params.prompt.default}", filled()
+    yield f"evaluate: style {params.prompt.default}", filled()

@@ -1,0 +1,70 @@
+"""Answers, family 5: every published verdict is reproduced, every gold parses, at the promised speed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.core.answers import gold_answer, read_answer, same_answer
+
+DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared GSM8K files are not on this machine")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "model", ["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
+)
+def test_all_published_verdicts(model: str) -> None:
+    verdicts = [
+        same_answer(
+            read_answer(row[model]["solution"], row["question"]).answer, gold_answer(row["ground_truth"])
+        )
+        for row in rows("gsm8k/example_model_solutions.jsonl")
+    ]
+    published = [row[model]["is_correct"] for row in rows("gsm8k/example_model_solutions.jsonl")]
+    assert len(verdicts) == 1319
+    assert verdicts == published
+
+
+@needs_data
+def test_abel_sample() -> None:
+    for row in rows("abel_001_sample/abel_13b.jsonl"):
+        reading = read_answer(row["completion"], row["question"])
+        assert same_answer(reading.answer, gold_answer(row["gold"])) == row["correct"], row["id"]
+        assert not reading.leak
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "gsm8k_platinum/test.jsonl"])
+def test_every_gold_parses(name: str) -> None:
+    for row in rows(name):
+        reading = read_answer(row["answer"], row["question"])
+        assert (
+            reading.answer
+            == row["answer"].split("####")[1].replace(",", "").strip()
+            == gold_answer(row["answer"])
+        )
+        assert (reading.found, reading.leak) == (1, False)
+
+
+def test_speed() -> None:
+    """100,000 short completions a second on an idle core; a fifth of that is asked for here, on a shared one."""
+    text = (
+        "She sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n"
+    )
+    texts = [text * 2 + f"#### {n}" for n in range(10_000)] + [
+        text * 2 + f"A: {n:,} eggs" for n in range(2_000)
+    ]
+    start = time.perf_counter()
+    for one in texts:
+        read_answer(one, "How much does she make?")
+    assert len(texts) / (time.perf_counter() - start) > 20_000

@@ -1,0 +1,395 @@
+"""prepare: bad rows are named, ids stay, doubled and leaked questions are found and counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import prepare
+from stages.core.errors import UserError
+from stages.core.params import FilesData, GeneratedData, HubData, HubDataset
+from stages.core.records import read_json, read_jsonl
+from stages.prepare import Cleaner, Overlap, choose, grams, make_splits, normalise
+
+REPO = Path(__file__).resolve().parents[1]
+SMALL = REPO / "tests" / "small"
+REAL = REPO.parent / "shared" / "data"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def rows_of(count: int, first: int = 0) -> list[dict[str, str]]:
+    """Short questions, all different, fewer than 13 words each."""
+    return [
+        {
+            "question": f"Ann has {n} apples and eats one. How many are left?",
+            "answer": f"It is {n}-1.\n#### {n - 1}",
+        }
+        for n in range(first + 1, first + count + 1)
+    ]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def files(
+    tmp_path: Path, train: list[dict[str, Any]], platinum: list[dict[str, Any]], valid: int = 2
+) -> FilesData:
+    return FilesData(
+        source="files",
+        train=write_rows(tmp_path / "train.jsonl", train),
+        platinum=write_rows(tmp_path / "test.jsonl", platinum),
+        valid=valid,
+    )
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tests' own parameters."""
+    shutil.copytree(SMALL, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def set_data(workplace: Path, text: str) -> None:
+    profile = workplace / "profiles" / "small.yaml"
+    before, rest = profile.read_text().split("data:\n", 1)
+    profile.write_text(f"{before}data:\n{text}model:{rest.split('model:', 1)[1]}")
+
+
+# ---- the whole stage ---------------------------------------------------------------------------------
+
+
+def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None:
+    """Record format and key order of DESIGN.md; the same run gives the same bytes, leftovers are removed."""
+    prepare.main()
+    folder = workplace / "data" / "gsm8k"
+    rows = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "valid", "platinum")}
+    assert {name: len(part) for name, part in rows.items()} == {"train": 30, "valid": 5, "platinum": 20}
+    for name, part in rows.items():
+        for row in part:
+            assert list(row) == ["id", "question", "answer", "gold"]
+            assert row["id"].startswith(f"{name}-") and row["answer"].endswith(f"#### {row['gold']}")
+    metrics = read_json(workplace / "metrics" / "data.json")
+    assert metrics["train"] == 30 and metrics["platinum"] == 20
+    assert all(isinstance(value, int) for value in metrics.values())
+    assert len(read_json(folder / "manifest.json")["outputs"]) == 4
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "stale.jsonl").write_text("left over")
+    prepare.main()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_stage_from_files(workplace: Path) -> None:
+    """Paths count from the repository root; their hashes are in the manifest; other fields are ignored."""
+    write_rows(workplace / "my.jsonl", [{**row, "extra": 1} for row in rows_of(10)])
+    write_rows(workplace / "held.jsonl", rows_of(3, first=50))
+    set_data(workplace, "  source: files\n  train: my.jsonl\n  platinum: held.jsonl\n  valid: 2\n")
+    prepare.main()
+    train = list(read_jsonl(workplace / "data" / "gsm8k" / "train.jsonl"))
+    valid = list(read_jsonl(workplace / "data" / "gsm8k" / "valid.jsonl"))
+    ids = [row["id"] for row in train + valid]
+    assert sorted(ids) == [f"train-{n:05d}" for n in range(10)] and len(valid) == 2
+    assert list(read_json(workplace / "data" / "gsm8k" / "manifest.json")["inputs"]) == [
+        "my.jsonl",
+        "held.jsonl",
+    ]
+
+
+def test_bad_file_leaves_the_old_output(workplace: Path) -> None:
+    """A mistake in new data never costs the data that is there."""
+    prepare.main()
+    before = (workplace / "data" / "gsm8k" / "train.jsonl").read_bytes()
+    write_rows(workplace / "my.jsonl", [*rows_of(10), {"question": "Why?", "answer": "Because."}])
+    set_data(workplace, "  source: files\n  train: my.jsonl\n  platinum: my.jsonl\n  valid: 2\n")
+    with pytest.raises(UserError, match=r"my\.jsonl:11: field 'answer' must end in"):
+        prepare.main()
+    assert (workplace / "data" / "gsm8k" / "train.jsonl").read_bytes() == before
+    assert [path.name for path in (workplace / "data").iterdir()] == ["gsm8k"]
+
+
+def test_missing_file(workplace: Path) -> None:
+    """The path as given, before any work."""
+    set_data(workplace, "  source: files\n  train: no.jsonl\n  platinum: no.jsonl\n  valid: 2\n")
+    with pytest.raises(UserError, match=r"^no\.jsonl: there is no such file; data\.train"):
+        prepare.main()
+
+
+def test_starts_without_heavy_libraries() -> None:
+    """A stage that needs no model starts at once."""
+    heavy = "{'torch', 'transformers', 'datasets', 'pandas'}"
+    code = f"import sys, stages.prepare; print(*{heavy} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""
+
+
+# ---- bad rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"question": "Why?"', "not a JSON object in UTF-8"),
+        ('["Why?"]', "a JSON object is wanted"),
+        ('{"question": "Why?"}', "field 'answer' is missing; fields found: 'question'"),
+        ('{"question": 5, "answer": "#### 1"}', "field 'question' must be str, found int"),
+        ('{"question": " ", "answer": "#### 1"}', "field 'question' is empty"),
+        ('{"question": "Why?", "answer": ""}', "field 'answer' is empty"),
+        ('{"question": "Why?", "answer": "It is 3."}', "field 'answer' must end in '#### ' and a number"),
+        (
+            '{"question": "Why?", "answer": "3\\n#### three"}',
+            "field 'answer' must end in '#### ' and a number",
+        ),
+        ('{"question": "Why?", "answer": "3\\n#### "}', "field 'answer' must end in '#### ' and a number"),
+        ('{"question": "Why \\ud83d?", "answer": "#### 1"}', "field 'question' holds half a character"),
+    ],
+)
+def test_bad_row_is_named(tmp_path: Path, row: str, words: str) -> None:
+    """File, line and field, in one line."""
+    data = files(tmp_path, rows_of(2), rows_of(2, first=50))
+    with Path(data.train).open("a") as file:
+        file.write(f"\n{row}\n")
+    with pytest.raises(UserError) as error:
+        make_splits(data, 1)
+    assert f"train.jsonl:4: {words}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "wanted"), [("$1,000.00", "1000"), (" -3", "-3"), ("0.50", "0.5"), ("1/2", "0.5")]
+)
+def test_gold_is_canonical(tmp_path: Path, gold: str, wanted: str) -> None:
+    """One way to write a number, the one all stages compare."""
+    train = [*rows_of(3), {"question": "Why?", "answer": f"So.\n####{gold}"}]
+    splits, _ = make_splits(files(tmp_path, train, rows_of(1, first=50), valid=1), 1)
+    rows = {row["id"]: row for row in splits["train"] + splits["valid"]}
+    assert rows["train-00003"]["gold"] == wanted
+
+
+@pytest.mark.parametrize("valid", [4, 5])
+def test_too_few_rows(tmp_path: Path, valid: int) -> None:
+    """Validation may not take all of train."""
+    with pytest.raises(UserError, match=r"data: 4 training .* data\.valid takes"):
+        make_splits(files(tmp_path, rows_of(4), rows_of(1, first=50), valid), 1)
+
+
+def test_no_platinum_rows(tmp_path: Path) -> None:
+    """An empty held-out file is a mistake."""
+    with pytest.raises(UserError, match="and 0 Platinum rows"):
+        make_splits(files(tmp_path, rows_of(4), []), 1)
+
+
+# ---- ids, duplicates, validation ---------------------------------------------------------------------
+
+
+def test_ids_stay_when_other_rows_go(tmp_path: Path) -> None:
+    """A removed duplicate leaves a gap; the rows after it keep their ids."""
+    rows = rows_of(4)
+    splits, counts = make_splits(files(tmp_path, [rows[0], rows[0], *rows[1:]], rows_of(1, first=50), 1), 1)
+    assert sorted(row["id"] for row in splits["train"] + splits["valid"]) == [
+        f"train-0000{n}" for n in (0, 2, 3, 4)
+    ]
+    assert counts["duplicates_train"] == 1 and counts["read_train"] == 5 and counts["conflicting_golds"] == 0
+
+
+def test_duplicates_are_found_after_normalisation_and_the_first_kept(tmp_path: Path) -> None:
+    """Case, punctuation, white space and full-width forms make no other question; another gold is counted."""
+    rows = rows_of(5)
+    again = {"question": "  ANN has １ apples -- and eats one!\nHow many are left", "answer": "#### 7"}
+    splits, counts = make_splits(files(tmp_path, [*rows, again], [*rows_of(2, first=50)] * 2, 1), 1)
+    assert len(splits["train"]) == 4 and len(splits["platinum"]) == 2
+    assert counts["duplicates_train"] == 1 and counts["conflicting_golds"] == 1
+    assert counts["duplicates_platinum"] == 2
+    assert "train-00000" in {row["id"] for row in splits["train"] + splits["valid"]}
+
+
+def test_validation_is_seeded_and_does_not_move() -> None:
+    """Of 1,000 rows, 100 chosen: without 10 of the others, at most 10 change; another seed chooses others."""
+    rows = [{"id": f"train-{n:05d}"} for n in range(1000)]
+    chosen = choose(rows, 100, seed=1)
+    assert len(chosen) == 100 and choose(reversed(rows), 100, seed=1) == chosen
+    gone = {f"train-{n:05d}" for n in range(0, 1000, 100)}
+    fewer = choose([row for row in rows if row["id"] not in gone], 100, seed=1)
+    assert fewer >= chosen - gone and len(fewer) == 100
+    assert len(choose(rows, 100, seed=2) & chosen) < 40
+
+
+# ---- overlap with the held-out questions -------------------------------------------------------------
+
+LONG = (
+    "A train leaves the old station at noon and travels sixty miles an hour for three hours. How far is it?"
+)
+
+
+def test_exact_and_13gram_overlap_are_removed_and_counted_apart(tmp_path: Path) -> None:
+    """The same question in other clothes is exact; 13 shared words in a row are a 13-gram; 12 are neither."""
+    words = normalise(LONG).split()
+    train = [
+        *rows_of(6),
+        {"question": LONG.upper().replace(".", " ;"), "answer": "#### 1"},
+        {"question": "Once upon a time: " + " ".join(words[2:15]) + " and back?", "answer": "#### 2"},
+        {"question": "Once upon a time: " + " ".join(words[2:14]) + " and back?", "answer": "#### 3"},
+    ]
+    splits, counts = make_splits(files(tmp_path, train, [{"question": LONG, "answer": "#### 180"}]), 1)
+    assert (counts["overlap_exact"], counts["overlap_13gram"]) == (1, 1)
+    ids = {row["id"] for row in splits["train"] + splits["valid"]}
+    assert "train-00008" in ids and not ids & {"train-00006", "train-00007"}
+    assert counts["train"] + counts["valid"] == 7
+
+
+def test_platinum_is_never_thinned_by_train(tmp_path: Path) -> None:
+    """What overlaps leaves train; the held-out set stays whole."""
+    _, counts = make_splits(files(tmp_path, rows_of(20), rows_of(10)), 1)
+    assert counts["platinum"] == 10 and counts["overlap_exact"] == 10 and counts["train"] == 8
+
+
+def test_grams() -> None:
+    """Runs of 13 words; a shorter text has none."""
+    assert len(grams(normalise(LONG))) == len(normalise(LONG).split()) - 12
+    assert grams("a b c") == set()
+    assert normalise("“Ça”, x_2½!") == "ça x 21 2"
+
+
+def test_generated_splits_are_full_and_apart() -> None:
+    """Generated train and valid are topped up after what was removed; nothing removable is left in them."""
+    splits, counts = make_splits(GeneratedData(source="generated", train=300, valid=60, platinum=400), 17)
+    assert [len(splits[name]) for name in ("train", "valid", "platinum")] == [300, 60, 400]
+    held_out = Cleaner(Overlap(splits["platinum"]))
+    assert len(list(held_out.clean(splits["train"] + splits["valid"]))) == 360
+    assert counts["read_train"] == 360 + counts["overlap_13gram"] and counts["duplicates_train"] == 0
+
+
+# ---- the hub -----------------------------------------------------------------------------------------
+
+
+def local_repository(folder: Path, rows: list[dict[str, Any]], split: str) -> str:
+    """A dataset repository as on the hub: a card that names the config `main`, and its files."""
+    folder.mkdir()
+    write_rows(folder / "rows.jsonl", rows)
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: main\n  data_files:\n  - split: {split}\n    path: rows.jsonl\n---\n"
+    )
+    return str(folder)
+
+
+def hub(train: str, platinum: str, config: str = "main") -> HubData:
+    return HubData(
+        source="hub",
+        train=HubDataset(id=train, config=config, split="train", revision=REVISION),
+        platinum=HubDataset(id=platinum, config="main", split="test", revision=REVISION),
+        valid=2,
+    )
+
+
+@pytest.fixture
+def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Two local dataset repositories, and a cache of their own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return (
+        local_repository(tmp_path / "train", rows_of(12), "train"),
+        local_repository(
+            tmp_path / "held", [{**row, "cleaning_status": "ok"} for row in rows_of(3, 50)], "test"
+        ),
+    )
+
+
+def test_hub_rows_are_those_of_files(tmp_path: Path, repositories: tuple[str, str]) -> None:
+    """The same rows by `load_dataset` and from JSONL give the same splits."""
+    splits, counts = make_splits(hub(*repositories), 3)
+    assert (splits, counts) == make_splits(files(tmp_path, rows_of(12), rows_of(3, 50)), 3)
+
+
+def test_hub_mistakes_are_one_line(tmp_path: Path, repositories: tuple[str, str]) -> None:
+    """A wrong config or split, wrong columns and a bad row name the dataset, its config and split."""
+    train, platinum = repositories
+    with pytest.raises(
+        UserError, match=r"train \(mian, train\): cannot be loaded at revision 0123456789ab .*mian"
+    ):
+        make_splits(hub(train, platinum, config="mian"), 3)
+    with pytest.raises(UserError, match=r"held \(main, train\): cannot be loaded"):
+        make_splits(hub(platinum, platinum), 3)
+    other = local_repository(tmp_path / "other", [{"problem": "Why?", "answer": "#### 1"}], "train")
+    with pytest.raises(UserError, match=r"other \(main, train\): has no column 'question'; columns found: "):
+        make_splits(hub(other, platinum), 3)
+    bad = local_repository(tmp_path / "bad", [*rows_of(3), {"question": "Why?", "answer": "no"}], "train")
+    with pytest.raises(UserError, match=r"bad \(main, train\) row 3: field 'answer' must end in"):
+        make_splits(hub(bad, platinum), 3)
+
+
+def test_unreachable_hub_is_one_line(workplace: Path) -> None:
+    """Without a network: what could not be loaded, and what to do; no traceback."""
+    source = f"config: main, split: train, revision: {REVISION}"
+    set_data(
+        workplace,
+        f"  source: hub\n  train: {{id: openai/gsm8k, {source}}}\n"
+        f"  platinum: {{id: madrylab/gsm8k-platinum, {source}}}\n  valid: 2\n",
+    )
+    code = (
+        "from stages import prepare; from stages.core.errors import UserError\n"
+        "try:\n    prepare.main()\nexcept UserError as error:\n    print(error)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "hf"), "PYTHONPATH": str(REPO)}
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=workplace, env=env, capture_output=True, text=True, check=True
+    )
+    message = out.stdout.strip()
+    assert "Traceback" not in out.stderr
+    assert message.startswith(
+        "madrylab/gsm8k-platinum (main, train): cannot be loaded at revision 0123456789ab"
+    )
+    assert message.endswith("or use data.source: files") and "\n" not in message
+    assert not (workplace / "data").exists()
+
+
+# ---- real GSM8K --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real GSM8K is not beside this repository (../shared/data)")
+def test_real_gsm8k() -> None:
+    """7,473 training and 1,209 Platinum rows: no duplicates, four questions share 13 words with Platinum."""
+    data = FilesData(
+        source="files",
+        train=str(REAL / "gsm8k" / "train.jsonl"),
+        platinum=str(REAL / "gsm8k_platinum" / "test.jsonl"),
+        valid=300,
+    )
+    splits, counts = make_splits(data, 17)
+    assert counts == {
+        "train": 7169,
+        "valid": 300,
+        "platinum": 1209,
+        "read_train": 7473,
+        "read_platinum": 1209,
+        "duplicates_train": 0,
+        "duplicates_platinum": 0,
+        "conflicting_golds": 0,
+        "overlap_exact": 0,
+        "overlap_13gram": 4,
+    }
+    assert splits["platinum"][0]["gold"] == "18"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real GSM8K is not beside this repository (../shared/data)")
+def test_real_test_set_is_kept_out_of_training() -> None:
+    """All of Platinum is in GSM8K's test set: given as training data, its 1,209 questions are removed."""
+    data = FilesData(
+        source="files",
+        train=str(REAL / "gsm8k" / "test.jsonl"),
+        platinum=str(REAL / "gsm8k_platinum" / "test.jsonl"),
+        valid=10,
+    )
+    _, counts = make_splits(data, 17)
+    assert (
+        counts["overlap_exact"] == 1209
+        and counts["train"] + counts["valid"] == 110 - counts["overlap_13gram"]
+    )

@@ -1,0 +1,363 @@
+"""The report: the comparison is right; the page stands alone, never varies, and works in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import shutil
+import subprocess
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from stages import report
+from stages.core.errors import UserError
+from stages.core.records import write_json, write_jsonl
+from stages.core.stats import compare, summarise
+from stages.core.svg import interval_chart, line_chart, ticks
+from stages.core.table import print_results
+
+REPO = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+RATES = {"base": 0.4, "sft": 0.7, "dpo": 0.9}
+
+
+def rows_of(policy: str, n: int = 60, **over: Any) -> list[dict[str, Any]]:
+    rng = random.Random(policy)
+    made = []
+    for i in range(n):
+        right = random.Random(i).random() < RATES[policy]
+        answer = str(i if right else i + 1)
+        samples = [{"correct": rng.random() < RATES[policy]} for _ in range(4)]
+        row = {
+            "id": f"platinum-{i:05d}",
+            "question": f"Zoë has {i} <b>apples</b> & counts them. How many?",
+            "gold": str(i),
+            "completion": f"</script><img src='https://x.org/{policy}'> <<{i}+0={answer}>> #### {answer}",
+            "answer": answer,
+            "correct": right,
+            "flexible_answer": answer,
+            "flexible_correct": right,
+            "tokens": 20 + i % 5,
+            "finish": "stop",
+            "leak": False,
+            "answers_found": 1,
+            "samples": [
+                {
+                    "completion": "x",
+                    "answer": str(i if s["correct"] else i + 1),
+                    "tokens": 9,
+                    "finish": "stop",
+                    **s,
+                }
+                for s in samples
+            ],
+        }
+        made.append(row | over)
+    return made
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with this project's parameters and three evaluated policies, as working directory."""
+    shutil.copy(REPO / "params.yaml", tmp_path)
+    shutil.copytree(REPO / "profiles", tmp_path / "profiles")
+    for name in RATES:
+        put(tmp_path, name, rows_of(name))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    write_jsonl(root / f"data/platinum_eval/{name}.jsonl", rows)
+    write_json(root / f"metrics/platinum/{name}.json", summarise(rows, seed=1))
+
+
+def add_everything(root: Path) -> None:
+    """Curves, plots, metrics of earlier stages, manifests and a lock that agrees with them."""
+    files = {
+        "metrics/curves/sft.csv": "step,loss,grad_norm\n1,2.5,1\n2,1.5,\n3,nan,0.5\n",
+        "metrics/curves/dpo.csv": "step,loss,rewards_margin,logps_chosen,logps_rejected,grad_norm\n"
+        "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
+        "metrics/curves/dpo_selection.csv": "step,valid_accuracy\n0,0.7\n10,0.8\n",
+        "metrics/curves/base.csv": "step,loss\n1,3\n2,2\n",
+        "metrics/plots/arms.csv": "arm,pulls,reward,reward_low,reward_high\n"
+        "plain,10,1,0.9,1.1\ntutor,9,1.2,1,1.3\n",
+        "metrics/plots/accuracy_by_coherence.csv": "coherence,accuracy\n0.1,0.2\n0.9,0.95\n",
+        "metrics/plots/empty.csv": "",
+        "metrics/preference.json": json.dumps(
+            {"pairs": 12, "coherence": {"made": 5, "refused": {"same": 2}}}
+        ),
+        "data/platinum_eval/sft.manifest.json": json.dumps(
+            {
+                "stage": "evaluate@sft",
+                "params": {"evaluate": {"samples": 4, "system": None}},
+                "outputs": {"a": "0f" * 32},
+            }
+        ),
+        "dvc.lock": "stages:\n  evaluate@sft:\n    params:\n      profiles/tiny.yaml:\n"
+        "        evaluate:\n          samples: 4\n",
+    }
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+# --- what it writes
+
+
+def test_comparison_is_the_paired_one(workplace: Path) -> None:
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())
+    assert list(made) == ["base_to_sft", "sft_to_dpo", "base_to_dpo"]
+    assert made["sft_to_dpo"] == compare(rows_of("sft"), rows_of("dpo"), "SFT", "DPO", report.SEED)
+    assert made["sft_to_dpo"]["gained"] > 0
+
+
+def test_plot_data_has_one_line_a_policy(workplace: Path) -> None:
+    report.main()
+    with (workplace / "metrics/plots/policies.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["policy"] for row in rows] == ["base", "SFT", "DPO"]
+    metrics = json.loads((workplace / "metrics/platinum/dpo.json").read_text())
+    assert float(rows[2]["accuracy"]) == metrics["accuracy"]
+    assert float(rows[2]["mean_high"]) == metrics["mean_at_4_high"]
+
+
+def test_same_bytes_twice(workplace: Path) -> None:
+    """A second run, with the first one's outputs and manifest lying there, writes the same bytes."""
+    add_everything(workplace)
+    outputs = ("report.html", "metrics/comparison.json", "metrics/plots/policies.csv")
+    report.main()
+    first = [(workplace / name).read_bytes() for name in outputs]
+    report.main()
+    assert [(workplace / name).read_bytes() for name in outputs] == first
+
+
+# --- the page
+
+
+def test_page_loads_nothing_and_names_no_place(workplace: Path) -> None:
+    """No address, no loading attribute, nothing of this machine; completions cannot break out of the data."""
+    add_everything(workplace)
+    report.main()
+    page = (workplace / "report.html").read_text()
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    assert "http://" not in page and "https://" not in page
+    assert not re.search(r"\b(src|srcset|action)\s*=|@import|url\(", page.replace(data[1], ""))
+    assert page.count("</script>") == 2
+    assert str(workplace) not in page
+    questions = json.loads(data[1])
+    assert questions["rows"][7]["text"][1] == rows_of("sft")[7]["completion"]
+    assert len(questions["rows"]) == 60
+
+
+def test_page_shows_everything_that_is_there(workplace: Path) -> None:
+    add_everything(workplace)
+    report.main()
+    page = (workplace / "report.html").read_text()
+    for words in (
+        "DPO: log-probabilities", "DPO: accuracy on the validation split", "base: loss", "arms: reward",
+        "Accuracy against coherence", "coherence › refused › same", "0f" * 32,
+        "The parameters in all 1 manifests are those in dvc.lock",
+    ):  # fmt: skip
+        assert words in page
+    verdict = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]["verdict"]
+    assert f"SFT → DPO, greedy: {verdict}." in page.replace("\u00a0", " ")
+    assert 'class="warn"' not in page
+
+
+def test_page_without_the_rest(workplace: Path) -> None:
+    """Evaluations alone are enough: no curves, no plots, no metrics, no lock."""
+    shutil.rmtree(workplace / "metrics")
+    report.main()
+    page = (workplace / "report.html").read_text()
+    assert "There is no dvc.lock yet" in page and "No manifests were found" in page
+    assert 'id="training"' not in page and 'id="coherence"' not in page
+
+
+def test_page_of_one_policy(workplace: Path) -> None:
+    for name in ("base", "dpo"):
+        (workplace / f"data/platinum_eval/{name}.jsonl").unlink()
+    report.main()
+    assert "Only one policy was evaluated" in (workplace / "report.html").read_text()
+    assert json.loads((workplace / "metrics/comparison.json").read_text()) == {}
+
+
+def test_page_without_samples(workplace: Path) -> None:
+    for name in RATES:
+        rows = rows_of(name)
+        for row in rows:
+            del row["samples"]
+        put(workplace, name, rows)
+    report.main()
+    assert "mean@8" not in (workplace / "report.html").read_text()
+    with (workplace / "metrics/plots/policies.csv").open() as file:
+        assert [row["mean"] for row in csv.DictReader(file)] == ["", "", ""]
+
+
+def test_no_evaluation_is_one_clear_line(workplace: Path) -> None:
+    shutil.rmtree(workplace / "data")
+    with pytest.raises(UserError, match=r"holds no base\.jsonl, sft\.jsonl or dpo\.jsonl"):
+        report.main()
+
+
+def test_unhealthy_generations_are_loud(workplace: Path) -> None:
+    put(workplace, "dpo", rows_of("dpo", leak=True, finish="length"))
+    report.main()
+    page = (workplace / "report.html").read_text()
+    assert page.count("These generations are not healthy") == 1
+    assert "DPO: 100.0% of the completions hold pieces of the prompt" in page
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("samples: 4", "samples: 8", "evaluate@sft: evaluate.samples was 4 when it ran, dvc.lock says 8"),
+        ("samples: 4", "top_p: 1.0", "evaluate@sft: evaluate.top_p was null when it ran, dvc.lock says 1.0"),
+        (
+            "evaluate@sft",
+            "evaluate@dpo",
+            "has a manifest (data/platinum_eval/sft.manifest.json) and no entry",
+        ),
+        ("stages:", "stages: [", "cannot be read as YAML"),
+    ],
+)
+def test_manifests_that_differ_from_the_lock_are_shown(
+    workplace: Path, old: str, new: str, words: str
+) -> None:
+    add_everything(workplace)
+    lock = workplace / "dvc.lock"
+    lock.write_text(lock.read_text().replace(old, new))
+    report.main()
+    page = (workplace / "report.html").read_text()
+    assert "What ran and what dvc.lock records differ" in page
+    assert words in page
+
+
+def test_page_stays_small(workplace: Path) -> None:
+    """1,209 questions with very long reasoning still make a page under 5 MB; what was left out is said, the
+    questions that changed are all there, and each completion keeps its end."""
+    for name in RATES:
+        rows = rows_of(name, n=1209)
+        for row in rows:
+            row["completion"] = "reasoning " * 900 + row["completion"]
+        write_jsonl(workplace / f"data/platinum_eval/{name}.jsonl", rows)
+    report.main()
+    page = (workplace / "report.html").read_bytes()
+    assert len(page) < 5_000_000
+    data = json.loads(page.split(b'type="application/json">')[1].split(b"</script>")[0])
+    right = {name: [row["correct"] for row in rows_of(name, n=1209)] for name in RATES}
+    changed = sum(len(set(kinds)) > 1 for kinds in zip(*right.values(), strict=True))
+    assert data["left_out"] + len(data["rows"]) == 1209
+    assert sum(len(set(row["right"])) > 1 for row in data["rows"]) == changed
+    assert all("characters left out" in row["text"][2] and "####" in row["text"][2] for row in data["rows"])
+
+
+PROBE = """<script>
+const out = [];
+const set = (id, value) => { at(id).value = value; at("filters").dispatchEvent(new Event("input")); };
+const count = () => at("list").children.length + "/" + found.length;
+out.push(count()); set("show", "all"); out.push(count()); at("more").click(); out.push(count());
+set("search", "zoë pears"); out.push(count());
+set("search", "zoë APPLES platinum-00017"); out.push(count());
+const item = at("list").firstChild; item.open = true;
+setTimeout(() => {
+  const texts = item.querySelectorAll("pre");
+  out.push(texts.length, texts[0].textContent, item.querySelectorAll("img").length);
+  out.push(document.documentElement.scrollWidth <= innerWidth ? "fits" : "wider than the window");
+  document.title = JSON.stringify(out);
+}, 100);
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_page_in_a_browser(workplace: Path) -> None:
+    """Search and filter find what they should, an opened question shows both completions as text, nothing is
+    wider than the window, and the console stays silent."""
+    add_everything(workplace)
+    report.main()
+    page = (workplace / "report.html").read_text()
+    (workplace / "probe.html").write_text(page.replace("</body>", PROBE))
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={workplace / 'browser'}",
+         "--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=500,900", "--dump-dom",
+         (workplace / "probe.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    comparison = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
+    changed = comparison["gained"] + comparison["lost"]
+    assert json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")) == [
+        f"{min(20, changed)}/{changed}", "20/60", "40/60", "0/0", "1/1",
+        2, rows_of("sft")[17]["completion"], 0, "fits",
+    ]  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+
+
+# --- charts
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert all(3 <= x <= 7.5 for x in ticks(3, 7.5))
+
+
+@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [0.0, 0.0], [float("nan"), 3.0], [-1e-9, 1e9]])
+def test_charts_draw_whatever_comes(values: list[float]) -> None:
+    chart = line_chart("a < b", "step", [("x", list(range(len(values))), values)])
+    assert chart.startswith("<svg") and "nan" not in chart and "a &lt; b" in chart
+
+
+def test_charts_of_nothing() -> None:
+    assert line_chart("t", "x", [("a", [1], [float("nan")])]) == ""
+    assert interval_chart("t", []) == ""
+
+
+# --- the table
+
+
+def table_text(root: Path) -> str:
+    out = StringIO()
+    print_results(root, Console(file=out, width=80, force_terminal=False))
+    return out.getvalue()
+
+
+def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
+    put(workplace, "base", rows_of("base", finish="length"))
+    report.main()
+    text = table_text(workplace)
+    assert max(map(len, text.splitlines())) <= 80
+    metrics = json.loads((workplace / "metrics/platinum/dpo.json").read_text())
+    comparison = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
+    line = next(line for line in text.splitlines() if line.strip().startswith("DPO"))
+    assert f"{100 * metrics['accuracy']:.1f} % (" in line
+    assert f"{100 * comparison['difference']:+.1f}" in line
+    assert f"{100 * metrics['mean_at_4']:.1f} %" in line
+    assert comparison["verdict"] in " ".join(text.split())
+    assert "WARNING base: 100.0% of the completions were cut at the token limit" in text
+    for place in ("report.html", "dvc metrics show", "dvc plots show"):
+        assert place in text
+
+
+def test_table_needs_only_the_metrics(workplace: Path) -> None:
+    """Before the report has run, and with policies missing, the table shows what there is."""
+    (workplace / "metrics/platinum/sft.json").unlink()
+    text = table_text(workplace)
+    assert "base" in text and "DPO" in text and "SFT" not in text
+
+
+def test_table_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results yet"):
+        print_results(tmp_path)

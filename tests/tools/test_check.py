@@ -1,0 +1,208 @@
+"""check: what can be known before a run, and every stage's first prompt, without running anything."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from stages.core.errors import UserError
+from stages.core.params import load_params
+from stages.tools import check
+
+REPO = Path(__file__).resolve().parents[2]
+SMALL = REPO / "tests" / "small"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the tests' own parameters and a scorer."""
+    shutil.copytree(SMALL, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "scorer.py").write_text("def score_group(question, trajectories):\n    raise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(workplace: Path, old: str, new: str) -> None:
+    profile = workplace / "profiles" / "small.yaml"
+    text = profile.read_text()
+    assert old in text
+    profile.write_text(text.replace(old, new, 1))
+
+
+def make_chat(workplace: Path) -> None:
+    change(workplace, "chat: false", "chat: true\n  system: Be exact.")
+    change(workplace, "two: {style: direct,", "two: {style: direct, system: Be brief.,")
+
+
+def output() -> str:
+    stream = io.StringIO()
+    check.main(Console(file=stream, width=100))
+    return stream.getvalue()
+
+
+def refusal() -> tuple[str, str]:
+    """The error and what was printed before it."""
+    stream = io.StringIO()
+    with pytest.raises(UserError) as error:
+        check.main(Console(file=stream, width=200))
+    return str(error.value), stream.getvalue()
+
+
+def test_prompts_of_every_stage_that_builds_one(workplace: Path) -> None:
+    """SFT's prompt and completion, a rollout prompt per style, DPO's and evaluate's; nothing is written."""
+    (workplace / "data" / "gsm8k").mkdir(parents=True)
+    row = {"id": "train-00000", "question": "Why [bold]?", "answer": "<<1+1=2>>\n#### 2", "gold": "2"}
+    (workplace / "data" / "gsm8k" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    before = sorted(workplace.rglob("*"))
+    text = output()
+    assert "the first row of data/gsm8k/train.jsonl" in text and text.count("OK") == 3
+    titles = [line.strip("─ ") for line in text.splitlines() if line.endswith("───")]
+    assert [title.replace(":", ",").split(",")[0] for title in titles if title] == (
+        ["sft", "sft", "rollout", "rollout", "dpo", "evaluate"]
+    )
+    assert text.count("Question: Why [bold]?\nAnswer:\n") == 4
+    assert "rollout, style direct: two" in text and text.count("\nWhy [bold]?\n") == 1
+    assert "<<1+1=2>>\n#### 2" in text
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_arms_with_one_prompt_are_shown_once(workplace: Path) -> None:
+    """Arms that differ in temperature only put the question alike."""
+    change(workplace, "two: {style: direct,", "two: {style: plain,")
+    assert "rollout, style plain: one, two" in output()
+
+
+def test_example_without_data(workplace: Path) -> None:
+    """Before `prepare` ran, the generator's first problem is shown, or a row of the user's own file."""
+    assert "the first generated problem" in output()
+    (workplace / "my.jsonl").write_text('{"question": "Whose?", "answer": "#### 4"}\n')
+    change(
+        workplace,
+        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20",
+        "source: files\n  train: my.jsonl\n  platinum: my.jsonl\n  valid: 5",
+    )
+    text = output()
+    assert "the first row of my.jsonl" in text and "Question: Whose?" in text
+
+
+def test_missing_files_are_all_listed(workplace: Path) -> None:
+    """The table names each; the error is the first one and says there are more."""
+    change(
+        workplace,
+        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20",
+        "source: files\n  train: no.jsonl\n  platinum: none.jsonl\n  valid: 5",
+    )
+    error, text = refusal()
+    assert error == "data.train no.jsonl: there is no such file (and 1 more above)"
+    assert "data.platinum none.jsonl" in text and text.count("OK") == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (None, "cannot be read (No such file"),
+        ("def score_group(:\n", "not valid Python"),
+        ("def score(question): ...\n", "defines no score_group"),
+        ("class A:\n    def score_group(self): ...\n", "defines no score_group"),
+    ],
+)
+def test_scorer_that_cannot_be_used(workplace: Path, source: str | None, words: str) -> None:
+    """Found before the rollouts are paid for."""
+    (workplace / "scorer.py").unlink()
+    if source is not None:
+        (workplace / "scorer.py").write_text(source)
+    assert refusal()[0].startswith("regime_w.scorer scorer.py: " + words)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from mine import score_group\n", "from mine import f as score_group\n", "score_group = print\n"],
+)
+def test_scorer_is_read_not_run(workplace: Path, source: str) -> None:
+    """A private scorer may import what is not here."""
+    (workplace / "scorer.py").write_text(source + "raise SystemExit\n")
+    assert "OK" in output()
+
+
+def test_model_directory(workplace: Path) -> None:
+    """A folder that holds no model is found before the night."""
+    text = (workplace / "profiles" / "small.yaml").read_text()
+    built = text[text.index("model:\n") : text.index("prompt:\n")]
+    change(workplace, built, "model:\n  source: directory\n  path: mine\n  dtype: float32\n")
+    assert refusal()[0].startswith("model.path mine: holds no config.json")
+    (workplace / "mine").mkdir()
+    (workplace / "mine" / "config.json").write_text("{}")
+    assert "model.path mine" in output()
+
+
+def test_wrong_parameter_stops_at_once(workplace: Path) -> None:
+    """The message of load_params, unchanged."""
+    change(workplace, "beta: 0.1", "beta: no")
+    assert refusal()[0].startswith("profiles/small.yaml:")
+
+
+def test_chat_before_base_ran(workplace: Path) -> None:
+    """The messages are shown, and why not the filled template."""
+    make_chat(workplace)
+    text = output()
+    assert "checkpoints/base is not there" in text
+    assert "system: Be exact.\nuser: Question: " in text and "system: Be brief.\nuser: " in text
+
+
+def save_base(workplace: Path, template: str | None) -> None:
+    """A tokenizer of two words in checkpoints/base, with the manifest `base` would write."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")),
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = template
+    folder = workplace / "checkpoints" / "base"
+    tokenizer.save_pretrained(folder)
+    manifest: dict[str, Any] = {"params": {"model": load_params().model_dump(mode="json")["model"]}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_chat_after_base_ran(workplace: Path) -> None:
+    """The tokenizer's own template fills the prompts."""
+    make_chat(workplace)
+    save_base(
+        workplace,
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|go|>{% endif %}",
+    )
+    text = output()
+    assert "<|system|>Be exact.<|user|>Question: " in text and "<|system|>Be brief.<|user|>" in text
+    assert text.count("<|go|>") == 5
+
+    change(workplace, "seed: 1\n", "seed: 2\n")
+    text = output()
+    assert "checkpoints/base holds another model" in text and "<|go|>" not in text
+
+
+def test_chat_without_template(workplace: Path) -> None:
+    """A chat profile on a tokenizer without a template could not run."""
+    make_chat(workplace)
+    save_base(workplace, None)
+    assert refusal()[0].startswith(
+        "prompt.chat: is true, but the tokenizer in checkpoints/base has no chat template"
+    )
+
+
+def test_no_torch(workplace: Path) -> None:
+    """`check` answers at once: a plain profile imports neither torch nor transformers."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom stages.tools import check\ncheck.main()\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(REPO)], cwd=workplace, check=True, capture_output=True)
