@@ -142,7 +142,7 @@ def load_scorer(path: Path) -> Scorer | None:
     score_group = getattr(module, "score_group", None)
     if not callable(score_group):
         raise UserError(f"{path}: the scorer has no function score_group(question, trajectories)")
-    return score_group  # type: ignore[no-any-return]
+    return score_group
 
 
 def checked_score(score: Any, size: int, scorer: Path, question_id: str) -> signals.GroupScore:

@@ -39,8 +39,8 @@ CURVES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "sft": (("SFT: loss", ("loss",)), ("SFT: gradient norm", ("grad_norm",))),
     "dpo": (
         ("DPO: loss", ("loss",)),
-        ("DPO: reward margin", ("rewards_margin",)),
-        ("DPO: log-probabilities", ("logps_chosen", "logps_rejected")),
+        ("DPO: reward margin", ("reward_margin",)),
+        ("DPO: log-probabilities", ("logp_chosen", "logp_rejected")),
         ("DPO: gradient norm", ("grad_norm",)),
     ),
     "dpo_selection": (("DPO: accuracy on the validation split", ("valid_accuracy",)),),
@@ -78,7 +78,7 @@ def main(
         path for path in [*numbers, *tables] if path not in own and not path.name.endswith("manifest.json")
     ]
     with stage_run(
-        "report", sections=(), inputs=[*found.values(), *inputs], outputs=[comparison, plot, page]
+        "report", sections=(), inputs=[*found.values(), *inputs], outputs=[page, comparison, plot]
     ) as run:
         rows = {name: list(read_jsonl(path, FIELDS)) for name, path in found.items()}
         policies = {name: _metrics_of(metrics / "platinum_details" / f"{name}.json", rows[name]) for name in rows}

@@ -75,14 +75,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
     write_jsonl(root / f"data/platinum_eval/{name}.jsonl", rows)
-    write_json(root / f"metrics/platinum/{name}.json", summarise(rows, seed=1))
+    write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, seed=1))
 
 
 def add_everything(root: Path) -> None:
     """Curves, plots, metrics of earlier stages, manifests and a lock that agrees with them."""
     files = {
         "metrics/curves/sft.csv": "step,loss,grad_norm\n1,2.5,1\n2,1.5,\n3,nan,0.5\n",
-        "metrics/curves/dpo.csv": "step,loss,rewards_margin,logps_chosen,logps_rejected,grad_norm\n"
+        "metrics/curves/dpo.csv": "step,loss,reward_margin,logp_chosen,logp_rejected,grad_norm\n"
         "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
         "metrics/curves/dpo_selection.csv": "step,valid_accuracy\n0,0.7\n10,0.8\n",
         "metrics/curves/base.csv": "step,loss\n1,3\n2,2\n",
@@ -125,7 +125,7 @@ def test_plot_data_has_one_line_a_policy(workplace: Path) -> None:
     with (workplace / "metrics/plots/policies.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["policy"] for row in rows] == ["base", "SFT", "DPO"]
-    metrics = json.loads((workplace / "metrics/platinum/dpo.json").read_text())
+    metrics = json.loads((workplace / "metrics/platinum_details/dpo.json").read_text())
     assert float(rows[2]["accuracy"]) == metrics["accuracy"]
     assert float(rows[2]["mean_high"]) == metrics["mean_at_4_high"]
 
@@ -339,7 +339,7 @@ def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
     report.main()
     text = table_text(workplace)
     assert max(map(len, text.splitlines())) <= 80
-    metrics = json.loads((workplace / "metrics/platinum/dpo.json").read_text())
+    metrics = json.loads((workplace / "metrics/platinum_details/dpo.json").read_text())
     comparison = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
     line = next(line for line in text.splitlines() if line.strip().startswith("DPO"))
     assert f"{100 * metrics['accuracy']:.1f} % (" in line
@@ -353,7 +353,7 @@ def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
 
 def test_table_needs_only_the_metrics(workplace: Path) -> None:
     """Before the report has run, and with policies missing, the table shows what there is."""
-    (workplace / "metrics/platinum/sft.json").unlink()
+    (workplace / "metrics/platinum_details/sft.json").unlink()
     text = table_text(workplace)
     assert "base" in text and "DPO" in text and "SFT" not in text
 

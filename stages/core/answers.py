@@ -41,7 +41,8 @@ _VALUE = re.compile(
 _LEAD = re.compile(
     r"(?:[\s*_`~≈\"'“”(\[{:>]|=(?!=)"
     r"|\\(?:boxed|fbox|text(?:bf|rm|it)?|math(?:bf|rm)|left|displaystyle|[(\[,;! ])|\$(?!\s?-?\s?[0-9.])"
-    r"|(?:[Tt]he |[Ff]inal |[Cc]orrect |[Aa]nswer\b|is\b|about |approximately |equal to )|[A-Za-z]\s?=)*+"
+    r"|(?:[Tt]he |[Ff]inal |[Cc]orrect |[Aa]nswer\b|is\b|about |approximately |equal to )"
+    r"|[A-Za-z]\s?=){0,60}+"
 )
 _FRAC = re.compile(r"\\[dt]?frac\s?(?:\{\s?([^{}]{1,80})\}\s?\{([^{}]{1,80})\}|([0-9])([0-9]))")
 _LATEX_SPACE = re.compile(r"\\[,!; ](?=[0-9])")
@@ -268,16 +269,17 @@ def _phrases(text: str, start: int, end: int) -> list[int]:
 def _boxed(text: str, start: int, end: int) -> tuple[Fraction | int | None, int]:
     """The number in the last box, and how many distinct numbers are boxed."""
     values: list[Fraction | int | None] = []
+    opened = -1
     box = text.find("boxed", start, end)
     while box >= 0:
         opened = text.find("{", box, box + 8)
-        closed = _closing_brace(text, opened, end) if opened >= 0 else min(end, box + 30)
-        value = _value_at(text, box + 5, closed)
-        if value is None and opened >= 0:
-            last = _last_number(text, opened, closed)
-            value = None if last is None else Fraction(last)
-        values.append(value)
+        closed = text.find("}", opened, min(end, opened + WINDOW)) if opened >= 0 else -1
+        nested = opened >= 0 and text.find("{", opened + 1, closed) >= 0
+        values.append(_value_at(text, box + 5, closed if closed >= 0 and not nested else end))
         box = text.find("boxed", box + 5, end)
+    if values and values[-1] is None and opened >= 0:  # words before the number
+        last = _last_number(text, opened, _closing_brace(text, opened, end))
+        values[-1] = None if last is None else Fraction(last)
     return (values[-1] if values else None), len({value for value in values if value is not None})
 
 

@@ -54,6 +54,14 @@ def completion_text(prompt: Prompt, solution: str) -> str:
 
 
 def completion_ids(tokenizer: Any, text: str, ended: bool = True) -> list[int]:
-    """Token ids of a completion; the end token closes it unless the text was cut off."""
+    """Token ids of a completion; the end token closes it unless the text was cut off.
+
+    It is read as the text of a new line, which is where every prompt of the profiles leaves off. Read by itself,
+    Llama's tokenizers would put a space before its first word, and the model would learn to write that space.
+    """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    line = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
+    on_line = list(tokenizer("\n" + text, add_special_tokens=False)["input_ids"])
+    if on_line[: len(line)] == line:  # else the break and the first word are one token
+        ids = on_line[len(line) :]
     return [*ids, tokenizer.eos_token_id] if ended else ids

@@ -46,7 +46,8 @@ def print_results(root: Path = Path(), console: Console | None = None) -> None:
     comparisons: dict[str, Any] = read_json(comparison_file) if comparison_file.is_file() else {}
     k = max(samples_of(metrics) for metrics in policies.values())
 
-    table = Table(title="GSM8K Platinum", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    title = f"Platinum test set, {max(metrics['questions'] for metrics in policies.values()):,} questions"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("policy")
     table.add_column("greedy (95 %)", justify="right", no_wrap=True)
     table.add_column("change", justify="right", no_wrap=True)

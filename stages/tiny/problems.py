@@ -89,9 +89,9 @@ class Problem:
         told = [verb.told.format(n=n) for verb, n in self.events]
         text += f" First {self.name} {told[0]}" + "".join(f", then {self.name} {t}" for t in told[1:]) + "."
         if self.closing == "worth":
-            return f"{text} Each is worth ${self.factor}. How many dollars are the {self.thing} of {self.name} worth?"
+            return f"{text} Each is worth ${self.factor}. How many dollars is that?"
         if self.closing == "share":
-            return f"{text} {self.factor} friends share the {self.thing} equally. How many does each friend get?"
+            return f"{text} {self.factor} friends share them equally. How many each?"
         return f"{text} How many {self.thing} does {self.name} have now?"
 
     def solution(self, style: Style, signs: tuple[int, ...] | None = None, factor_op: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Answers, family 3: a prompt repeated in the output and a problem begun after the answer never give the answer."""
+"""Answers, family 3: a repeated prompt or a problem begun after the answer never gives it."""
 
 from __future__ import annotations
 

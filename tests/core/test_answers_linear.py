@@ -11,15 +11,49 @@ from hypothesis import strategies as st
 from stages.core.answers import read_answer
 
 PIECES = [
-    "9", "9 ", "1,", "1,000,", "12 345 ", "####", "#### 1 ", "#### 1. a", "\\boxed{", "\\boxed{1}", "}", "{", "$", "-", "- ",
-    "The answer is ", "Answer:", "\nA:", "A", "nswer", "Question:", "\nQ:", "<think>", "</think>", " ", "\n", "1/", "½", "９",
-    "\\frac{", "=", "1=", "1+", ".", "**", "<|im_start|>", "</s>",
-]  # fmt: skip
+    "9",
+    "9 ",
+    "1,",
+    "1,000,",
+    "12 345 ",
+    "####",
+    "#### 1 ",
+    "#### 1. a",
+    "\\boxed{",
+    "\\boxed{1}",
+    "}",
+    "{",
+    "$",
+    "-",
+    "- ",
+    "The answer is ",
+    "Answer:",
+    "\nA:",
+    "A",
+    "nswer",
+    "Question:",
+    "\nQ:",
+    "<think>",
+    "</think>",
+    " ",
+    "\n",
+    "1/",
+    "½",
+    "９",
+    "\\frac{",
+    "=",
+    "1=",
+    "1+",
+    ".",
+    "**",
+    "<|im_start|>",
+    "</s>",
+]
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_time_grows_with_length_only(piece: str) -> None:
-    """Eight times the text may take at most about eight times as long; a quadratic reader would take 64 times."""
+    """Eight times the text takes about eight times as long; a quadratic reader would take 64 times."""
 
     def seconds(size: int) -> float:
         text = (piece * (size // len(piece) + 1))[:size]

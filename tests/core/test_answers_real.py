@@ -57,7 +57,7 @@ def test_every_gold_parses(name: str) -> None:
 
 
 def test_speed() -> None:
-    """100,000 short completions a second on an idle core; a fifth of that is asked for here, on a shared one."""
+    """100,000 short completions a second on an idle core; a fifth is asked for here, on a shared one."""
     text = (
         "She sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n"
     )

@@ -1,0 +1,250 @@
+"""stage_run: one run at a time, progress kept and never mixed up, manifests that say what was made of what."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.core.errors import UserError
+from stages.core.records import sha256_file
+from stages.core.stage import StageRun, atomic_folder, last_runs, manifest_path, stage_run
+
+REPO = Path(__file__).resolve().parents[2]
+OUT, SIDE = Path("data/out.jsonl"), Path("metrics/out.json")
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with this project's parameters and one input."""
+    shutil.copy(REPO / "params.yaml", tmp_path)
+    shutil.copytree(REPO / "profiles", tmp_path / "profiles")
+    (tmp_path / "input.jsonl").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(name: str, old: str, new: str) -> None:
+    text = Path(name).read_text()
+    assert old in text
+    Path(name).write_text(text.replace(old, new, 1))
+
+
+def work(sections: tuple[str, ...] = ("headline",), text: str = "1\n") -> StageRun:
+    """A stage that writes two outputs."""
+    with stage_run("headline", sections=sections, inputs=[Path("input.jsonl")], outputs=[OUT, SIDE]) as run:
+        for path in (OUT, SIDE):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    return run
+
+
+def interrupted(note: str = "half done") -> Path:
+    """A run that is cut off after it wrote progress; returns its progress folder."""
+    with (
+        pytest.raises(KeyboardInterrupt),
+        stage_run("headline", sections=("headline",), inputs=[Path("input.jsonl")], outputs=[OUT, SIDE]) as run,
+    ):
+        run.work.mkdir(parents=True, exist_ok=True)
+        (run.work / "journal").write_text(note)
+        raise KeyboardInterrupt
+    return run.work
+
+
+def test_manifest_holds_hashes_and_parameters(workplace: Path) -> None:
+    work()
+    manifest = json.loads((workplace / "data/out.manifest.json").read_text())
+    assert manifest == {
+        "stage": "headline",
+        "params": {"headline": {"policy": "dpo"}},
+        "inputs": {"input.jsonl": sha256_file(Path("input.jsonl"))},
+        "outputs": {path.as_posix(): sha256_file(path) for path in (OUT, SIDE)},
+    }
+
+
+def test_manifest_is_the_same_for_the_same_run(workplace: Path) -> None:
+    """Nothing of time, place or machine goes into an output."""
+    work()
+    first = manifest_path(OUT).read_bytes()
+    time.sleep(1.1)
+    work()
+    assert manifest_path(OUT).read_bytes() == first
+    assert str(workplace).encode() not in first
+
+
+def test_manifest_of_a_folder_lies_inside() -> None:
+    folder = Path("checkpoints/some")
+    with (
+        stage_run("headline", sections=(), inputs=[Path("input.jsonl")], outputs=[folder]),
+        atomic_folder(folder) as fresh,
+    ):
+        (fresh / "weights").write_text("w")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["outputs"] == {"checkpoints/some/weights": sha256_file(folder / "weights")}
+    with stage_run("headline", sections=(), inputs=[folder], outputs=[OUT]):  # and it stands for its folder
+        OUT.parent.mkdir()
+        OUT.write_text("")
+    assert json.loads(manifest_path(OUT).read_text())["inputs"] == {
+        folder.as_posix(): sha256_file(folder / "manifest.json")
+    }
+
+
+def test_undeclared_parameters_cannot_be_read() -> None:
+    """What a stage reads is what reruns it."""
+    run = work()
+    assert run.params.headline.policy == "dpo"
+    assert run.params.hardware.generation_batch > 0
+    with pytest.raises(AttributeError, match="regime_w"):
+        _ = run.params.regime_w
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [("absent.jsonl", r"absent\.jsonl: is missing; run `dvc repro`"), ("folder", r"folder: has no manifest\.json")],
+)
+def test_a_missing_input_stops_before_any_work(path: str, words: str) -> None:
+    Path("folder").mkdir()
+    began = False
+    with pytest.raises(UserError, match=words), stage_run("headline", sections=(), inputs=[Path(path)], outputs=[OUT]):
+        began = True
+    assert not began
+
+
+def test_one_run_of_a_stage_at_a_time() -> None:
+    with (
+        stage_run("headline", sections=(), inputs=[], outputs=[OUT]),
+        pytest.raises(UserError, match="another run of this stage is going on"),
+    ):
+        OUT.parent.mkdir()
+        OUT.write_text("")
+        with stage_run("headline", sections=(), inputs=[], outputs=[OUT]):
+            pass
+    with stage_run("headline", sections=(), inputs=[], outputs=[OUT]):  # the lock is let go
+        pass
+
+
+def test_variants_of_a_stage_may_run_side_by_side() -> None:
+    OUT.parent.mkdir()
+    OUT.write_text("")
+    with (
+        stage_run("evaluate", variant="sft", sections=(), inputs=[], outputs=[OUT]) as one,
+        stage_run("evaluate", variant="dpo", sections=(), inputs=[], outputs=[OUT]) as other,
+    ):
+        assert one.work != other.work
+
+
+def test_an_output_not_written_is_an_error_and_no_manifest() -> None:
+    with (
+        pytest.raises(RuntimeError, match=r"without writing data/out\.jsonl"),
+        stage_run("headline", sections=(), inputs=[], outputs=[OUT]),
+    ):
+        pass
+    assert not manifest_path(OUT).exists()
+
+
+def test_progress_stays_after_a_kill_and_goes_after_success() -> None:
+    folder = interrupted()
+    assert (folder / "journal").read_text() == "half done"
+    assert not manifest_path(OUT).exists()
+    assert work().work == folder  # the same run finds it again
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: change("params.yaml", "  policy: dpo", "  policy: sft"),
+        lambda: Path("input.jsonl").write_text("{}\n{}\n"),
+    ],
+    ids=["parameter", "input"],
+)
+def test_progress_of_another_run_is_never_used(other: object) -> None:
+    folder = interrupted()
+    other()  # type: ignore[operator]
+    assert interrupted() != folder
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("params.yaml", "seed: 17", "seed: 18"),  # not read by this stage
+        ("profiles/tiny.yaml", "generation_batch: ", "generation_batch: 1"),
+        ("profiles/tiny.yaml", "hardware:", "hardware:  # a remark"),
+    ],
+)
+def test_progress_outlives_what_does_not_matter(file: str, old: str, new: str) -> None:
+    folder = interrupted()
+    change(file, old, new)
+    assert interrupted() == folder
+
+
+def test_run_facts_are_noted_apart_from_the_outputs() -> None:
+    work()
+    facts = last_runs()[-1]
+    assert facts["stage"] == "headline"
+    assert facts["seconds"] >= 0
+    assert facts["peak_memory_mib"] > 10
+    assert "torch" in facts["versions"]
+
+
+def test_atomic_folder_replaces_all_or_nothing() -> None:
+    target = Path("checkpoints/some")
+    with atomic_folder(target) as fresh:
+        (fresh / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as fresh:
+        (fresh / "b").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in target.iterdir()] == ["a"]
+    with atomic_folder(target) as fresh:
+        (fresh / "c").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["c"]
+    assert [path.name for path in target.parent.iterdir()] == ["some"]  # no temporary folder is left
+
+
+def test_sigterm_ends_a_stage_in_order() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(SystemExit) as ended,
+        stage_run("headline", sections=("headline",), inputs=[], outputs=[OUT]),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_stage_ends_when_its_parent_is_killed(workplace: Path) -> None:
+    """Killing dvc must not leave a stage writing on."""
+    stage = (
+        "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
+        "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
+        "    Path('pid').write_text(str(os.getpid())); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stage!r}])"],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    for _ in range(400):
+        if Path("pid").is_file() and Path("pid").read_text():
+            break
+        time.sleep(0.05)
+    child = int(Path("pid").read_text())
+    parent.kill()
+    parent.wait()
+    for _ in range(200):
+        # An ended child that nobody has waited for yet is a zombie, Z.
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the stage was still running 10 s after its parent was killed")

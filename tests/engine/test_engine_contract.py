@@ -1,0 +1,225 @@
+"""What every text generation engine promises, on a small random model of Mistral's architecture."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from stages.engine.base import Completion, Request, request_seed
+from stages.engine.transformers_engine import TransformersEngine
+
+VOCABULARY, PAD, END = 64, 0, [2, 5, 9, 33]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Random weights large enough that the next token is far from evenly spread."""
+    torch.manual_seed(5)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=None,
+        initializer_range=0.25,
+        bos_token_id=1,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+def engine(model: Any, batch: int = 16) -> TransformersEngine:
+    return TransformersEngine(model, END, PAD, batch)
+
+
+def prompts(count: int, seed: int = 1) -> list[tuple[int, ...]]:
+    """Random prompts of 3 to 14 tokens."""
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(10, VOCABULARY) for _ in range(rng.randint(3, 14))) for _ in range(count)]
+
+
+def mixed_requests() -> list[Request]:
+    """Greedy and drawn ones, three to a prompt, with different limits."""
+    requests = []
+    for number, prompt in enumerate(prompts(20)):
+        requests.append(Request(f"{number}/greedy", prompt, 12 + number))
+        for k, (temperature, top_p) in enumerate([(0.8, 1.0), (1.3, 0.9)]):
+            seed = request_seed(3, str(number), str(k))
+            requests.append(Request(f"{number}/{k}", prompt, 30, temperature, top_p, seed))
+    return requests
+
+
+def complete(model: Any, requests: list[Request], batch: int = 16, done: frozenset[str] = frozenset()) -> dict[str, Completion]:
+    completions = list(engine(model, batch).generate(requests, done))
+    assert len({one.id for one in completions}) == len(completions)
+    return {one.id: one for one in completions}
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_greedy_is_what_transformers_generates(model: Any, batch: int) -> None:
+    """Each prompt alone through transformers' own `generate` gives the same tokens and the same end."""
+    requests = [Request(str(i), prompt, 25) for i, prompt in enumerate(prompts(30))]
+    ours = complete(model, requests, batch)
+    for request in requests:
+        ids = torch.tensor([request.prompt])
+        with torch.no_grad():
+            theirs = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False,
+                eos_token_id=END, pad_token_id=PAD,
+            )[0, ids.shape[1] :].tolist()  # fmt: skip
+        stopped = theirs[-1] in END
+        assert ours[request.id].tokens == tuple(theirs[:-1] if stopped else theirs)
+        assert ours[request.id].finish == ("stop" if stopped else "length")
+    assert {one.finish for one in ours.values()} == {"stop", "length"}  # both ends were seen
+
+
+def test_a_request_does_not_depend_on_its_neighbours(model: Any) -> None:
+    """Order, batch size and company change no token: every request has its own seed."""
+    requests = mixed_requests()
+    wanted = complete(model, requests)
+    shuffled = random.Random(2).sample(requests, len(requests))
+    for other in (complete(model, shuffled), complete(model, requests, batch=1), complete(model, shuffled, batch=23)):
+        assert other.keys() == wanted.keys()
+        for identity, one in wanted.items():
+            assert other[identity].tokens == one.tokens
+            assert other[identity].finish == one.finish
+            assert other[identity].logprob == pytest.approx(one.logprob, abs=1e-3)
+
+
+def test_the_same_requests_give_the_same_bits(model: Any) -> None:
+    assert complete(model, mixed_requests()) == complete(model, mixed_requests())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_resumed_run_gives_the_same_bits(model: Any, seed: int) -> None:
+    """Whatever was done before the interruption, the rest comes out as if there had been none."""
+    requests = mixed_requests()
+    whole = complete(model, requests)
+    done = frozenset(random.Random(seed).sample(sorted(whole), random.Random(seed).randint(1, len(whole) - 1)))
+    rest = complete(model, requests, done=done)
+    assert rest == {identity: one for identity, one in whole.items() if identity not in done}
+
+
+def test_nothing_is_computed_when_all_is_done(model: Any) -> None:
+    requests = mixed_requests()
+    assert complete(model, requests, done=frozenset(one.id for one in requests)) == {}
+
+
+def test_each_request_has_its_own_temperature_top_p_and_seed(model: Any) -> None:
+    """In one batch: cold and narrow draws are greedy, seeds matter, and equal seeds agree."""
+    prompt = prompts(1)[0]
+    limit = 20
+    got = complete(
+        model,
+        [
+            Request("greedy", prompt, limit),
+            Request("cold", prompt, limit, 0.001, 1.0, 11),
+            Request("narrow", prompt, limit, 1.5, 1e-6, 12),
+            Request("warm", prompt, limit, 1.5, 1.0, 13),
+            Request("warm again", prompt, limit, 1.5, 1.0, 13),
+            Request("other seed", prompt, limit, 1.5, 1.0, 14),
+        ],
+    )
+    assert got["cold"].tokens == got["narrow"].tokens == got["greedy"].tokens
+    assert got["warm"].tokens == got["warm again"].tokens
+    assert len({got[name].tokens for name in ("greedy", "warm", "other seed")}) == 3
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.4, 0.6)])
+def test_drawn_tokens_follow_the_models_distribution(model: Any, temperature: float, top_p: float) -> None:
+    """4,000 first tokens against the softmax; outside of the nucleus not one is drawn."""
+    prompt, draws = prompts(1, seed=8)[0], 4000
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    wanted = (logits / temperature).softmax(-1)
+    ranked, order = wanted.sort(descending=True)
+    inside = order[: int((ranked.cumsum(-1) < top_p).sum()) + 1] if top_p < 1 else order
+    expected = torch.zeros(VOCABULARY)
+    expected[inside] = wanted[inside] / wanted[inside].sum()
+
+    requests = [Request(str(i), prompt, 1, temperature, top_p, request_seed(0, str(i))) for i in range(draws)]
+    counts = torch.zeros(VOCABULARY)
+    for one in TransformersEngine(model, [PAD], PAD, 1000).generate(requests):
+        counts[one.tokens[0] if one.tokens else PAD] += 1
+    assert counts[expected == 0].sum() == 0
+    spread = (expected * (1 - expected) / draws).sqrt()
+    assert ((counts / draws - expected).abs() <= 5 * spread + 1e-9).all()
+
+
+def test_logprob_is_that_of_a_fresh_forward_pass(model: Any) -> None:
+    """Summed over all new tokens, the end token included, at temperature 1 whatever the request's."""
+    requests = mixed_requests()
+    for request, one in zip(requests, map(complete(model, requests).get, [r.id for r in requests]), strict=True):
+        assert one is not None
+        with torch.no_grad():
+            ids = torch.tensor([[*request.prompt, *one.tokens]])
+            logprobs = model(ids).logits[0].float().log_softmax(-1)
+        start = len(request.prompt) - 1
+        total = sum(logprobs[start + i, token].item() for i, token in enumerate(one.tokens))
+        if one.finish == "length":
+            assert one.logprob == pytest.approx(total, abs=1e-4)
+        else:  # one of the end tokens closed it
+            ends = [total + logprobs[start + len(one.tokens), end].item() for end in END]
+            assert min(abs(one.logprob - end) for end in ends) < 1e-4
+
+
+def test_every_request_keeps_to_its_own_limit(model: Any) -> None:
+    """With no end token in reach each one is as long as it was allowed to be, and says so."""
+    requests = [Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 21), prompts(20), strict=True)]
+    for one in TransformersEngine(model, [VOCABULARY + 1], PAD, 8).generate(requests):
+        assert len(one.tokens) == int(one.id)
+        assert one.finish == "length"
+
+
+def test_a_row_that_ends_leaves_its_batch(model: Any) -> None:
+    """The forward passes get narrower, so that one long answer does not make everybody wait."""
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    try:
+        requests = [Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 13), prompts(12), strict=True)]
+        list(TransformersEngine(model, [VOCABULARY + 1], PAD, 12).generate(requests))
+    finally:
+        handle.remove()
+    assert widths == [12, *range(11, 0, -1)]
+
+
+def test_a_shared_prompt_is_read_once(model: Any) -> None:
+    widths = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        prompt = prompts(1)[0]
+        list(engine(model).generate([Request(str(k), prompt, 3, 1.0, 1.0, k) for k in range(9)]))
+    finally:
+        handle.remove()
+    assert widths[0] == (1, len(prompt))
+    assert widths[1][1] == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> None:
+    """DPO generates in the midst of training."""
+    model.train(training)
+    try:
+        complete(model, mixed_requests()[:4])
+        assert model.training is training
+    finally:
+        model.eval()
+
+
+def test_request_seeds_differ_by_run_question_and_arm() -> None:
+    seeds = {request_seed(seed, "rollout", f"train-{q}", str(arm)) for seed in (1, 2) for q in range(50) for arm in range(8)}
+    assert len(seeds) == 2 * 50 * 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert request_seed(17, "rollout", "train-00003", "1") == request_seed(17, "rollout", "train-00003", "1")

@@ -1,0 +1,172 @@
+"""One small but real run of the whole pipeline, shared by every test that needs trained weights.
+
+The run lies in a temporary git repository of its own, so nothing of this checkout is touched. Tests that
+change something work on a copy of it. No process of a run may open an internet connection: whoever tries
+fails, and is noted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+REPO = Path(__file__).resolve().parents[2]
+
+# Less of everything, but enough for pairs of both kinds. What the values of the real profile give is
+# measured by `make`, not here.
+SMALL: dict[str, dict[str, Any]] = {
+    "data": {"train": 150, "valid": 30, "platinum": 60},
+    "model": {"corpus": {"problems": 8000, "confused_share": 0.3, "slip_share": 0.02}},
+    "sft": {"examples": 120, "epochs": 1, "checkpoint_steps": 4},
+    "rollout": {"questions": 50},
+    "dpo": {"checkpoint_steps": 4, "select_steps": 4, "select_questions": 20, "select_samples": 1},
+    "evaluate": {"samples": 4},
+    "hardware": {"threads": 2},
+}
+
+NETWORK_GUARD = '''
+import os, socket
+
+def refuse(self, address, *rest):
+    if self.family in (socket.AF_INET, socket.AF_INET6):
+        with open(os.environ["NETWORK_ATTEMPTS"], "a") as log:
+            log.write(f"{address}\\n")
+        raise OSError("the tests run without a network")
+    return connect(self, address, *rest)
+
+connect = socket.socket.connect
+socket.socket.connect = refuse
+socket.socket.connect_ex = refuse
+'''
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of this project in a folder of its own."""
+
+    root: Path
+    guard: Path  # holds the network guard, its log and DVC's site cache
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of this project's commands: its Python first in the path, no network."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DVC_"))}
+        return {
+            **inherited,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.guard),
+            "NETWORK_ATTEMPTS": str(self.guard / "attempts"),
+            "DVC_SITE_CACHE_DIR": str(self.guard / "dvc"),
+            "COLUMNS": "120",
+        }
+
+    def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the project; a failure shows what it printed."""
+        done = subprocess.run(
+            command, cwd=self.root, env=self.environment | env, capture_output=True, text=True, check=False
+        )
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def stages(self, *arguments: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+        """`python -m stages ...`."""
+        return self.run("python", "-m", "stages", *arguments, check=check, **env)
+
+    def repro(self, *arguments: str) -> list[str]:
+        """`dvc repro ...`; returns the stages whose commands ran, in order."""
+        return re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro", *arguments).stdout)
+
+    def status(self, **env: str) -> dict[str, Any]:
+        """`dvc status`: the stages that are out of date by themselves, and why."""
+        return json.loads(self.run("dvc", "status", "--json", **env).stdout)
+
+    def set(self, file: str, **values: Any) -> None:
+        """Set keys of a YAML file; `__` in a name goes one level down."""
+        self.update(file, {name.replace("__", "."): value for name, value in values.items()})
+
+    def update(self, file: str, values: dict[str, Any]) -> None:
+        """Set keys of a YAML file, given with dots between the levels; comments stay."""
+        path, yaml = self.root / file, YAML()
+        tree = yaml.load(path.read_text(encoding="utf-8"))
+        for name, value in values.items():
+            *above, last = name.split(".")
+            place = tree
+            for part in above:
+                place = place[part]
+            assert last in place, f"{file} has no {name}"
+            place[last] = value
+        with path.open("w", encoding="utf-8") as out:
+            yaml.dump(tree, out)
+
+
+def flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
+
+
+@pytest.fixture(scope="session")
+def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """This checkout's files, the tiny profile shrunk, committed to a fresh git repository; nothing has run."""
+    folder = tmp_path_factory.mktemp("small")
+    project = Project(folder / "project", folder / "guard")
+    project.guard.mkdir()
+    (project.guard / "sitecustomize.py").write_text(NETWORK_GUARD, encoding="utf-8")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (REPO / name).is_file():  # deleted, but not yet from git's index
+            (project.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, project.root / name)
+    (project.root / "dvc.lock").unlink(missing_ok=True)
+    project.update("params.yaml", {"profile": "tiny"})
+    project.update("profiles/tiny.yaml", flatten(SMALL))
+    project.run("git", "init", "--quiet")
+    project.run("git", "add", "--all")
+    commit_all(project, "small")
+    return project
+
+
+def commit_all(project: Project, message: str) -> None:
+    """Commit everything there is, whoever git thinks the user is."""
+    project.run("git", "add", "--all")
+    who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
+    project.run("git", *who, "commit", "--quiet", "--message", message)
+
+
+@pytest.fixture(scope="session")
+def small_run(small_project: Project) -> Project:
+    """The small project after one `dvc repro` from nothing, committed. Read it, never change it."""
+    ran = small_project.repro()
+    assert len(ran) == 12, ran  # every stage, evaluate three times
+    commit_all(small_project, "run")
+    return small_project
+
+
+@pytest.fixture(scope="session")
+def copy_run(small_run: Project, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Project]:
+    """Makes copies of the small run, its DVC cache and history included, that may be changed."""
+
+    def copy() -> Project:
+        folder = tmp_path_factory.mktemp("copy")
+        shutil.copytree(small_run.root, folder / "project", symlinks=True)
+        shutil.copytree(small_run.guard, folder / "guard")
+        (folder / "guard" / "attempts").unlink(missing_ok=True)
+        return Project(folder / "project", folder / "guard")
+
+    return copy

@@ -1,0 +1,451 @@
+"""The pipeline, run whole: its outputs, their manifests, what people see, and that a run can be repeated.
+
+All on one small real run (conftest.py); how good the models get is no question here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ruamel.yaml import YAML
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+pytestmark = pytest.mark.pipeline
+
+POLICIES = ["base", "sft", "dpo"]
+NO_MODEL = ["prepare", "coherence", "preference", "headline", "report"]
+STAGES = ["prepare", "base", "sft", "rollout", "coherence", "preference", "dpo", "evaluate", "headline", "report"]
+TOOLS = ["check", "results", "runs"]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def profile(project: Project) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in ("params.yaml", "profiles/tiny.yaml"):
+        values |= YAML(typ="safe").load((project.root / name).read_text(encoding="utf-8"))
+    return values
+
+
+def declared_outputs(project: Project) -> list[str]:
+    """All outs, metrics and plots of dvc.yaml, evaluate's filled in for each policy."""
+    stages = YAML(typ="safe").load((project.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    outputs = []
+    for stage in stages.values():
+        stage = stage.get("do", stage)
+        for kind in ("outs", "metrics", "plots"):
+            names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in stage.get(kind, [])]
+            for name in names:
+                outputs += [name.replace("${key}", key) for key in POLICIES] if "${key}" in name else [name]
+    return outputs
+
+
+def manifests(project: Project) -> list[Path]:
+    return [
+        path
+        for folder in ("data", "checkpoints", "metrics", ".")
+        for path in (project.root / folder).glob("*manifest.json" if folder == "." else "**/*manifest.json")
+    ]
+
+
+# ---- outputs -----------------------------------------------------------------------------------------
+
+
+def test_every_declared_output_is_there(small_run: Project) -> None:
+    outputs = declared_outputs(small_run)
+    assert len(outputs) > 20
+    assert [name for name in outputs if not (small_run.root / name).exists()] == []
+
+
+def test_nothing_but_declared_outputs_was_written(small_run: Project) -> None:
+    """After a run git sees no file that neither DVC nor the project knows: every output is accounted for."""
+    tracked = small_run.run("git", "diff", "--name-only", "--diff-filter=A", "HEAD~1", "HEAD").stdout.split()
+    known = [*declared_outputs(small_run), "dvc.lock"]
+    strangers = [
+        name
+        for name in tracked
+        if not name.endswith(".gitignore") and not any(name == one or name.startswith(f"{one}/") for one in known)
+    ]
+    assert strangers == []
+    assert small_run.run("git", "status", "--porcelain").stdout == ""
+
+
+def test_row_counts_follow_the_parameters(small_run: Project) -> None:
+    params, data = profile(small_run), small_run.root / "data"
+    for split in ("train", "valid", "platinum"):
+        assert len(rows_of(data / f"gsm8k/{split}.jsonl")) == params["data"][split]
+    rollouts = rows_of(data / "rollouts.jsonl")
+    assert len(rollouts) == params["rollout"]["questions"]
+    for row in rollouts:
+        assert [one["arm"] for one in row["trajectories"]] == list(params["rollout"]["arms"])
+        assert [one["id"] for one in row["trajectories"]] == [f"{row['id']}/{k}" for k in range(8)]
+        assert all(one["finish"] in ("stop", "length") and one["logprob"] < 0 for one in row["trajectories"])
+    scored = rows_of(data / "regime_w_rollouts.jsonl")
+    assert [row["id"] for row in scored] == [row["id"] for row in rollouts]
+    for policy in POLICIES:
+        rows = rows_of(data / f"platinum_eval/{policy}.jsonl")
+        assert [row["id"] for row in rows] == [row["id"] for row in rows_of(data / "gsm8k/platinum.jsonl")]
+        assert all(len(row["samples"]) == params["evaluate"]["samples"] for row in rows)
+
+
+def test_records_have_the_designs_fields_in_order(small_run: Project) -> None:
+    data = small_run.root / "data"
+    rollout, scored = rows_of(data / "rollouts.jsonl")[0], rows_of(data / "regime_w_rollouts.jsonl")[0]
+    assert list(rollout) == ["id", "question", "gold", "solution", "trajectories"]
+    signals = ["s_end", "s_path", "s_cf", "s_wm"]
+    assert set(scored) == {*rollout, *signals}
+    assert set(scored["trajectories"][0]) >= {"answer", "correct", "soundness", *signals, "reward"}
+    evaluated = rows_of(data / "platinum_eval/dpo.jsonl")[0]
+    assert list(evaluated) == [
+        "id", "question", "gold", "completion", "answer", "correct", "flexible_answer", "flexible_correct",
+        "tokens", "finish", "leak", "answers_found", "samples",
+    ]  # fmt: skip
+    assert list(evaluated["samples"][0]) == ["completion", "answer", "correct", "tokens", "finish"]
+    pair = rows_of(data / "coherence_preferences.jsonl")[0]
+    assert list(pair)[:13] == [
+        "id", "kind", "question_id", "prompt", "chosen", "rejected", "chosen_id", "rejected_id",
+        "chosen_reward", "rejected_reward", "margin", "chosen_tokens", "rejected_tokens",
+    ]  # fmt: skip
+
+
+def test_every_pair_can_be_traced_back(small_run: Project) -> None:
+    data = small_run.root / "data"
+    texts = {one["id"]: one for row in rows_of(data / "regime_w_rollouts.jsonl") for one in row["trajectories"]}
+    pairs = rows_of(data / "coherence_preferences.jsonl")
+    assert pairs
+    for pair in pairs:
+        chosen, rejected = texts[pair["chosen_id"]], texts[pair["rejected_id"]]
+        assert (chosen["text"], rejected["text"]) == (pair["chosen"], pair["rejected"])
+        assert chosen["correct"]
+        assert rejected["correct"] == (pair["kind"] == "coherence")
+        assert pair["margin"] == pytest.approx(chosen["reward"] - rejected["reward"])
+        assert pair["chosen_id"].split("/")[0] == pair["rejected_id"].split("/")[0] == pair["question_id"]
+
+
+def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
+    data = small_run.root / "data"
+    held_out = {row["question"] for row in rows_of(data / "gsm8k/platinum.jsonl")}
+    trained = {row["question"] for split in ("train", "valid") for row in rows_of(data / f"gsm8k/{split}.jsonl")}
+    rolled = {row["question"] for row in rows_of(data / "rollouts.jsonl")}
+    paired = {row["prompt"] for row in rows_of(data / "coherence_preferences.jsonl")}
+    assert paired <= rolled <= trained
+    assert not held_out & trained
+
+
+def test_checkpoints_hold_safetensors_and_no_pickle(small_run: Project) -> None:
+    files = [path for path in (small_run.root / "checkpoints").rglob("*") if path.is_file()]
+    assert {"model.safetensors", "adapter_model.safetensors"} <= {path.name for path in files}
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    for adapter in ("sft_lora", "dpo_coherence_lora"):
+        names = {path.name for path in (small_run.root / "checkpoints" / adapter).iterdir()}
+        assert names == {"adapter_model.safetensors", "adapter_config.json", "manifest.json"}
+
+
+def test_no_output_holds_a_path_or_the_name_of_this_machine(small_run: Project) -> None:
+    """The same run gives the same bytes anywhere."""
+    places = [str(small_run.root).encode(), sys.prefix.encode(), os.uname().nodename.encode()]
+    for name in declared_outputs(small_run):
+        path = small_run.root / name
+        for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+            found = [place for place in places if len(place) > 3 and place in file.read_bytes()]
+            assert not found, f"{file}: {found}"
+
+
+# ---- manifests ---------------------------------------------------------------------------------------
+
+
+def test_manifests_match_the_files_and_cover_every_output(small_run: Project) -> None:
+    covered = set()
+    for path in manifests(small_run):
+        manifest = json.loads(path.read_text())
+        for name, digest in manifest["outputs"].items():
+            assert sha256(small_run.root / name) == digest, f"{path}: {name}"
+            covered.add(name)
+        for name, digest in manifest["inputs"].items():
+            source = small_run.root / name
+            assert sha256(source / "manifest.json" if source.is_dir() else source) == digest, f"{path}: {name}"
+    for name in declared_outputs(small_run):
+        if not name.endswith("manifest.json"):
+            assert any(one == name or one.startswith(f"{name}/") for one in covered), f"no manifest covers {name}"
+
+
+def test_manifests_hold_the_parameters_of_the_run(small_run: Project) -> None:
+    """As typed by pydantic, so that defaults not written down in the profile are there too."""
+    params = profile(small_run)
+
+    def same(noted: Any, written: Any) -> bool:
+        if isinstance(written, dict):
+            return all(same(noted[key], value) for key, value in written.items())
+        return noted == written
+
+    stages = set()
+    for path in manifests(small_run):
+        manifest = json.loads(path.read_text())
+        stages.add(manifest["stage"])
+        for section, noted in manifest["params"].items():
+            assert same(noted, params[section]), f"{path}: {section}"
+        assert "hardware" not in manifest["params"]
+    assert stages == {*STAGES, *(f"evaluate@{policy}" for policy in POLICIES)} - {"evaluate"}
+
+
+# ---- what people see ---------------------------------------------------------------------------------
+
+
+def test_metrics_show_is_a_readable_table(small_run: Project) -> None:
+    lines = small_run.run("dvc", "metrics", "show", COLUMNS="200").stdout.splitlines()
+    header = lines[0].split()
+    assert header[0] == "Path"
+    assert {"accuracy", "accuracy_low", "accuracy_high", "mean_at_4"} <= set(header)
+    assert len(header) <= 12, "more columns than a person can read"
+    paths = [line.split()[0] for line in lines[1:]]
+    assert [path for path in paths if "platinum" in path] == [f"metrics/platinum/{p}.json" for p in sorted(POLICIES)]
+    for line in lines[1:]:
+        assert len(line.split()) == len(header)
+
+
+def test_sft_and_dpo_are_compared_by_dvcs_own_command(copy_run: Callable[[], Project]) -> None:
+    """Two experiments that differ in headline.policy alone: SFT against DPO by `dvc metrics diff`."""
+    project = copy_run()
+    for policy in ("sft", "dpo"):
+        done = project.run("dvc", "exp", "run", "--name", policy, "-S", f"headline.policy={policy}")
+        assert set(re.findall(r"Running stage '([^']+)'", done.stdout)) <= {"headline"}
+    shown = project.run(
+        "dvc", "metrics", "diff", "--all", "--json", "sft", "dpo", "--targets", "metrics/headline.json"
+    )
+    diff = json.loads(shown.stdout)["metrics/headline.json"]["accuracy"]
+    sft, dpo = (json.loads((project.root / f"metrics/platinum/{p}.json").read_text()) for p in ("sft", "dpo"))
+    assert (diff["old"], diff["new"]) == (sft["accuracy"], dpo["accuracy"])
+
+
+def test_results_are_printed_as_a_table(small_run: Project) -> None:
+    shown = small_run.stages("results", COLUMNS="80").stdout
+    for policy in POLICIES:
+        accuracy = json.loads((small_run.root / f"metrics/platinum/{policy}.json").read_text())["accuracy"]
+        name = policy if policy == "base" else policy.upper()
+        assert re.search(rf"{name} +{100 * accuracy:.1f} %", shown), shown
+    assert "mean@4" in shown
+    assert "report.html" in shown
+
+
+def test_the_report_shows_every_curve_and_policy(small_run: Project) -> None:
+    page = (small_run.root / "report.html").read_text(encoding="utf-8")
+    for title in (
+        "SFT: loss", "SFT: gradient norm", "DPO: loss", "DPO: reward margin", "DPO: log-probabilities",
+        "DPO: gradient norm", "DPO: accuracy on the validation split",
+    ):  # fmt: skip
+        assert title in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "the page loads something from the network"
+
+
+def test_help_lists_every_stage_and_tool_with_a_line_each(small_project: Project) -> None:
+    shown = small_project.stages("--help").stdout
+    for name in (*STAGES, *TOOLS):
+        assert re.search(rf"^\W*{name}\s+\w.{{15,}}", shown, re.MULTILINE), f"{name} is not listed:\n{shown}"
+
+
+def test_check_passes_and_shows_the_first_prompts(small_run: Project) -> None:
+    shown = small_run.stages("check").stdout
+    first = rows_of(small_run.root / "data/gsm8k/train.jsonl")[0]["question"]
+    assert shown.count(first) >= 4  # sft, two styles of rollout, dpo, evaluate
+    assert "OK" in shown
+
+
+def test_a_mistake_is_one_line_and_stops_before_any_work(copy_run: Callable[[], Project]) -> None:
+    project = copy_run()
+    project.update("profiles/tiny.yaml", {"dpo.learning_rate": "fast"})
+    for command in ("check", "dpo"):
+        done = project.stages(command, check=False)
+        assert done.returncode == 1
+        assert re.fullmatch(r"error: profiles/tiny\.yaml:\d+: dpo\.learning_rate: .+\n", done.stderr), done.stderr
+
+
+def test_a_quiet_log(small_run: Project, copy_run: Callable[[], Project]) -> None:
+    """A stage says one line, libraries nothing; so what is printed is worth reading."""
+    done = copy_run().stages("evaluate", "base")
+    assert done.stdout == ""
+    assert re.fullmatch(r"evaluate@base  [\d.]+% of 60 questions answered right\n", done.stderr), done.stderr
+
+
+# ---- speed, network ----------------------------------------------------------------------------------
+
+
+def test_help_of_a_stage_without_a_model_comes_at_once(small_project: Project) -> None:
+    """At most a second of processor time, and no torch."""
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'stages', 'coherence', '--help'], check=True, capture_output=True)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
+        "print(used.ru_utime + used.ru_stime)\n"
+    )
+    assert min(float(small_project.run("python", "-c", code).stdout) for _ in range(2)) < 1.0
+
+
+@pytest.mark.parametrize("name", NO_MODEL)
+def test_a_stage_without_a_model_imports_no_heavy_library(name: str, copy_run: Callable[[], Project]) -> None:
+    code = (
+        f"import sys; sys.argv = ['stages', {name!r}]\n"
+        "from stages.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print(*({'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert copy_run().run("python", "-c", code).stdout.split() == []
+
+
+def test_nothing_tried_to_reach_the_network(small_run: Project) -> None:
+    """Every process of the run had a guard that refuses and notes connections; and the guard works."""
+    assert not (small_run.guard / "attempts").exists()
+    code = "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)"
+    done = small_run.run("python", "-c", code, check=False, NETWORK_ATTEMPTS=os.devnull)
+    assert "the tests run without a network" in done.stderr
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_offline_switches(network: bool, small_project: Project) -> None:
+    """The hub's libraries are told to stay offline, except in prepare and base; telemetry is off always."""
+    code = (
+        f"from stages.core.launch import prepare_process; prepare_process(network={network})\n"
+        "import huggingface_hub.constants as hub, datasets.config as data\n"
+        "print(hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY)"
+    )
+    offline = str(not network)
+    assert small_project.run("python", "-c", code).stdout.split() == [offline, offline, "True"]
+
+
+# ---- the same run gives the same bytes ---------------------------------------------------------------
+
+
+def test_an_evaluation_run_again_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
+    project = copy_run()
+    outputs = [project.root / f"data/platinum_eval/sft{end}" for end in (".jsonl", ".manifest.json")]
+    outputs += [project.root / f"metrics/{folder}/sft.json" for folder in ("platinum", "platinum_details")]
+    before = [sha256(path) for path in outputs]
+    for path in outputs:
+        path.unlink()
+    project.stages("evaluate", "sft")
+    assert [sha256(path) for path in outputs] == before
+
+
+def test_training_run_again_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
+    project = copy_run()
+    outputs = ["checkpoints/sft_lora/adapter_model.safetensors", "metrics/curves/sft.csv"]
+    before = [sha256(project.root / name) for name in outputs]
+    project.stages("sft")
+    assert [sha256(project.root / name) for name in outputs] == before
+
+
+def test_a_killed_rollout_goes_on_and_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
+    """SIGKILL in the midst of generation: what was done stays, the result is that of an undisturbed run."""
+    project = copy_run()
+    rollouts = project.root / "data/rollouts.jsonl"
+    before = sha256(rollouts)
+    rollouts.unlink()
+    # Small batches, so that there is a midst; a hardware value changes no completion.
+    process = subprocess.Popen(
+        ["python", "-c", KILLED_ROLLOUT], cwd=project.root, env=project.environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.wait(timeout=300) == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
+    assert not rollouts.exists()
+    journal = next((project.root / ".work/rollout").glob("*/journal.jsonl"))
+    kept = len(journal.read_text(encoding="utf-8").splitlines())
+    assert 0 < kept < 400
+    again = project.stages("rollout")
+    assert "trajectories" in again.stderr
+    assert sha256(rollouts) == before
+    assert not journal.exists()
+
+
+# Runs the stage as usual; a thread kills the process once the journal on the disk has grown.
+KILLED_ROLLOUT = """
+import os, pathlib, signal, sys, threading, time
+from stages.core import generation
+
+generation.FLUSH_SECONDS = 0.0
+
+def kill_when_some_is_done():
+    while True:
+        for journal in pathlib.Path(".work/rollout").glob("*/journal.jsonl"):
+            if journal.stat().st_size > 2000:
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.001)
+
+threading.Thread(target=kill_when_some_is_done, daemon=True).start()
+sys.argv = ["stages", "rollout"]
+from stages.__main__ import main
+main()
+"""
+
+
+# ---- adapters ----------------------------------------------------------------------------------------
+
+UNMERGED = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from stages.core.launch import prepare_process, fix_arithmetic
+prepare_process(); fix_arithmetic(1, 0)
+from stages.core.policy import load_base, load_policy, read_adapter
+from stages.core.paths import SFT_ADAPTER
+
+policy, tokenizer = load_policy(SFT_ADAPTER)
+training, _ = load_policy(SFT_ADAPTER, trainable=True)
+base, _ = load_base()
+layers = [m for m in policy.modules() if isinstance(m, LoraLayer)]
+assert layers and not any(layer.merged for layer in layers)
+assert not any(p.requires_grad for p in policy.parameters())
+own = dict(base.named_parameters())
+for name, weight in policy.get_base_model().named_parameters():
+    plain = name.replace(".base_layer", "")
+    if "lora_" not in name:
+        assert torch.equal(weight, own[plain]), name
+ids = tokenizer("Question: Ann has 3 apples.\\nAnswer:\\n", return_tensors="pt").input_ids
+training.eval()
+with torch.no_grad():
+    here, there, without = policy(ids).logits, training(ids).logits, base(ids).logits
+print((here - there).abs().max().item(), (here - without).abs().max().item())
+"""
+
+
+def test_adapters_are_applied_unmerged(small_run: Project) -> None:
+    """The base weights stay what they are, the logits are those of training, and the adapter does something."""
+    done = small_run.run("python", "-c", UNMERGED)
+    from_training, from_base = map(float, done.stdout.split())
+    assert from_training <= 1e-5
+    assert from_base > 1e-3
+
+
+def test_dpo_started_at_the_sft_adapter(small_run: Project) -> None:
+    """At step 1 policy and reference still agree: the loss is log 2, the margin 0; later it is not."""
+    lines = (small_run.root / "metrics/curves/dpo.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["reward_margin"] != 0
+    selection = (small_run.root / "metrics/curves/dpo_selection.csv").read_text().splitlines()
+    assert selection[0].startswith("step,valid_accuracy")
+    assert selection[1].startswith("0,"), "the SFT adapter is candidate zero"
+    assert len(selection) >= 3
+
+
+def test_run_facts_list_every_stage(small_run: Project) -> None:
+    shown = small_run.stages("runs").stdout
+    for name in (*STAGES[:7], *(f"evaluate@{policy}" for policy in POLICIES), "headline", "report"):
+        assert name in shown

@@ -1,0 +1,266 @@
+"""coherence: the fields it writes, a replaceable scorer, the same bytes on any number of cores."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import coherence
+from stages.core.errors import UserError
+from stages.core.records import read_json, read_jsonl
+
+REPO = Path(__file__).resolve().parents[1]
+REAL = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
+QUESTION = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
+TEXTS = [
+    "<<3*4=12>>12 <<12-2=10>>10\n#### 10",
+    "<<4*3=12>>12 <<12-2=10>>10\n#### 10",
+    "<<4+4+4=12>>12 <<12-2=10>>10\n#### 10",
+    "<<3+4=7>>7 <<7-2=5>>5\n#### 5",
+]
+OUT, METRICS, PLOTS = Path("data/out.jsonl"), Path("metrics/regime_w.json"), Path("metrics/plots/regime_w")
+
+
+def question(name: str, texts: list[str], **more: Any) -> dict[str, Any]:
+    trajectories = [
+        {
+            "id": f"{name}/{i}",
+            "arm": f"arm{i}",
+            "text": text,
+            "tokens": 10 + i,
+            "logprob": -1.0 - i,
+            "finish": "stop",
+            "seed": i,
+        }
+        for i, text in enumerate(texts)
+    ]
+    return {
+        "id": name,
+        "question": QUESTION,
+        "gold": "10",
+        "solution": TEXTS[0],
+        "trajectories": trajectories,
+        **more,
+    }
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def run(rollouts: Path, processes: int | None = 1) -> list[dict[str, Any]]:
+    coherence.main(rollouts, OUT, METRICS, PLOTS, processes)
+    return list(read_jsonl(OUT))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with small parameters and the shipped scorer."""
+    shutil.copytree(REPO / "tests" / "small", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "scorer.py").symlink_to(REPO / "stages" / "regime_w" / "signals.py")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_worked_example_end_to_end(workplace: Path) -> None:
+    """DESIGN's example through the whole stage: signals, verdicts, soundness, reward, key order."""
+    (record,) = run(write(Path("in.jsonl"), [question("q", TEXTS)]))
+    rows = record["trajectories"]
+    assert [round(row["s_wm"], 6) for row in rows] == [0.644444, 0.644444, 0.622222, 0]
+    assert [row["correct"] for row in rows] == [True, True, True, False]
+    assert [row["soundness"] for row in rows] == ["sound", "sound", "lucky", None]
+    assert [row["answer"] for row in rows] == ["10", "10", "10", "5"]
+    assert rows[0]["reward"] == pytest.approx(1 + 0.5 * rows[0]["s_wm"])
+    assert list(record) == [
+        "id",
+        "question",
+        "gold",
+        "solution",
+        "trajectories",
+        "s_end",
+        "s_path",
+        "s_cf",
+        "s_wm",
+    ]
+    scored = ["answer", "correct", "soundness", "s_end", "s_path", "s_cf", "s_wm", "reward"]
+    assert list(rows[0]) == ["id", "arm", "text", "tokens", "logprob", "finish", "seed", *scored]
+    metrics = read_json(METRICS)
+    assert metrics["equations"] == {"read": 8, "hold": 8, "skipped": 0}
+    assert metrics["soundness"] == {"sound": 2, "lucky": 1, "unproven": 0}
+    assert metrics["correct_over_wrong"]["s_wm"]["overall"] == 1.0
+    assert metrics["sound_over_lucky"]["s_cf"]["auc"] == 1.0
+    assert metrics["arms"]["arm0"]["regret"] == 0.0
+    assert (
+        (PLOTS / "arms.csv")
+        .read_text()
+        .startswith("arm,pulls,mean_reward,low,high,best_share,regret\narm0,1,")
+    )
+    assert "0.6-0.7,3,1.0\n" in (PLOTS / "coherence.csv").read_text()
+
+
+def test_scoring_its_own_output_again_changes_nothing(workplace: Path) -> None:
+    run(write(Path("in.jsonl"), [question("q", TEXTS)]))
+    first = OUT.read_bytes()
+    shutil.copy(OUT, "again.jsonl")
+    run(Path("again.jsonl"))
+    assert OUT.read_bytes() == first
+
+
+def test_a_next_problem_is_not_read(workplace: Path) -> None:
+    """Equations after the answer belong to another problem."""
+    leaking = TEXTS[0] + "\n\nQuestion:\nTom has 9 pens.\nAnswer:\n9+9 = 18\n#### 18"
+    (record,) = run(write(Path("in.jsonl"), [question("q", [leaking, TEXTS[0]])]))
+    assert [row["s_wm"] for row in record["trajectories"]] == [1.0, 1.0]
+
+
+def test_optional_fields_may_be_absent(workplace: Path) -> None:
+    record = {"id": "q", "question": QUESTION, "gold": 10, "trajectories": [{"text": text} for text in TEXTS]}
+    (scored,) = run(write(Path("in.jsonl"), [record]))
+    assert [row["id"] for row in scored["trajectories"]] == ["q/0", "q/1", "q/2", "q/3"]
+    assert [row["soundness"] for row in scored["trajectories"]] == ["unproven", "unproven", "unproven", None]
+
+
+def test_many_processes_give_the_same_bytes(workplace: Path) -> None:
+    records = [question(f"q{n}", TEXTS[n % 4 :] + TEXTS[: n % 4 + 1]) for n in range(300)]
+    rollouts = write(Path("in.jsonl"), records)
+    outputs = []
+    for processes in (1, 2):
+        run(rollouts, processes)
+        outputs.append(
+            [path.read_bytes() for path in (OUT, METRICS, PLOTS / "arms.csv", PLOTS / "coherence.csv")]
+        )
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0][0].splitlines()) == 300
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (question("q7", TEXTS, gold="none"), "question 'q7': its gold 'none' is no number"),
+        (
+            question("q7", TEXTS, trajectories=[{"arm": "a"}]),
+            "question 'q7': trajectory 0 needs a field 'text'",
+        ),
+        (question("q7", TEXTS, trajectories=None), "in.jsonl:1: field 'trajectories'"),
+        (question("q7", ["\ud800"]), "question 'q7': cannot be written as JSON"),
+    ],
+)
+def test_a_bad_record_is_named(workplace: Path, record: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(write(Path("in.jsonl"), [record]))
+    assert not OUT.exists()
+
+
+def test_no_questions_is_an_error(workplace: Path) -> None:
+    with pytest.raises(UserError, match="holds no questions"):
+        run(write(Path("in.jsonl"), []))
+
+
+# ---- the replaceable scorer -----------------------------------------------------------------------
+
+FLAT = "def score_group(question, trajectories):\n    k = len(trajectories)\n    flat = [{value}] * {size}\n"
+FLAT += "    return dict(s_end=flat, s_path=flat, s_cf=flat, s_wm=flat)\n"
+
+
+def replace_scorer(text: str) -> None:
+    Path("scorer.py").unlink()
+    Path("scorer.py").write_text(text)
+
+
+def test_a_scorer_file_of_ones_own_is_used(workplace: Path) -> None:
+    replace_scorer(FLAT.format(value=0.25, size="k"))
+    (record,) = run(write(Path("in.jsonl"), [question("q", TEXTS)]))
+    assert [row["s_wm"] for row in record["trajectories"]] == [0.25] * 4
+    assert record["s_end"] == 0.25
+
+
+def test_a_copy_of_the_shipped_scorer_gives_the_same_numbers(workplace: Path) -> None:
+    rollouts = write(Path("in.jsonl"), [question("q", TEXTS)])
+    first = run(rollouts)
+    replace_scorer((REPO / "stages" / "regime_w" / "signals.py").read_text())
+    assert run(rollouts, processes=2) == first
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (FLAT.format(value="1 / 0", size="k"), "question 'q1': the scorer raised ZeroDivisionError"),
+        (FLAT.format(value=0.5, size="(k + 1)"), "question 'q1': s_end has 5 values for 4 trajectories"),
+        (FLAT.format(value="float('nan')", size="k"), "question 'q1': s_end holds nan"),
+        (FLAT.format(value=1.01, size="k"), "question 'q1': s_end holds 1.01"),
+        (FLAT.format(value="'high'", size="k"), "question 'q1': s_end must be a list of numbers"),
+        (
+            "def score_group(question, trajectories):\n    return None\n",
+            "question 'q1': s_end must be a list",
+        ),
+        ("x = 1\n", "has no function score_group"),
+        ("import nothing_like_this\n", "cannot be loaded"),
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_scorer_stops_the_stage_and_leaves_the_old_output(
+    workplace: Path, scorer: str, message: str, processes: int
+) -> None:
+    OUT.parent.mkdir()
+    OUT.write_text("old\n")
+    replace_scorer(scorer)
+    with pytest.raises(UserError, match=message):
+        run(write(Path("in.jsonl"), [question("q1", TEXTS)]), processes)
+    assert OUT.read_text() == "old\n"
+    assert sorted(path.name for path in OUT.parent.iterdir()) == ["out.jsonl"]
+
+
+def test_a_missing_scorer_is_said(workplace: Path) -> None:
+    Path("scorer.py").unlink()
+    with pytest.raises(UserError, match=r"regime_w\.scorer: scorer\.py is not a file"):
+        run(write(Path("in.jsonl"), [question("q1", TEXTS)]))
+
+
+# ---- real groups ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="the shared GSM8K files are not on this machine")
+def test_real_groups_of_four(workplace: Path) -> None:
+    """All 1,319 groups: every published verdict, few equations skipped, signals rank right over wrong."""
+    records: list[dict[str, Any]] = []
+    verdicts: list[bool] = []
+    for line in REAL.read_text().splitlines():
+        row = json.loads(line)
+        models = [name for name in row if isinstance(row[name], dict)]
+        trajectories = [{"arm": name, "text": row[name]["solution"]} for name in models]
+        verdicts += [row[name]["is_correct"] for name in models]
+        gold = row["ground_truth"].rsplit("A:")[-1].strip()
+        solution = row["ground_truth"]
+        name = f"real-{len(records)}"
+        records.append(
+            {
+                "id": name,
+                "question": row["question"],
+                "gold": gold,
+                "solution": solution,
+                "trajectories": trajectories,
+            }
+        )
+    scored = run(write(Path("in.jsonl"), records))
+    assert [row["correct"] for record in scored for row in record["trajectories"]] == verdicts
+    metrics = read_json(METRICS)
+    assert metrics["equations"]["read"] > 16_500
+    assert metrics["equations"]["skipped"] < 400
+    auc = metrics["correct_over_wrong"]
+    for name, overall, within in (
+        ("s_end", 0.878, 0.763),
+        ("s_path", 0.844, 0.754),
+        ("s_cf", 0.864, 0.747),
+        ("s_wm", 0.886, 0.777),
+    ):
+        # DESIGN's figures are for annotated equations only; prose is read too, which moves the third digit.
+        assert math.isclose(auc[name]["overall"], overall, abs_tol=0.01)
+        assert math.isclose(auc[name]["within"]["auc"], within, abs_tol=0.01)
+    assert auc["s_wm"]["within"]["low"] > auc["length"]["within"]["high"]
