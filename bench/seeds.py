@@ -27,9 +27,13 @@ STEPS = (("base_to_sft", "base→SFT"), ("sft_to_dpo", "SFT→DPO"))
 
 def main() -> None:
     """Run the pipeline for every seed asked for and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", dest="changes", nargs="*", default=[], metavar="KEY=VALUE", help="profile values")
+    parser.add_argument(
+        "--set", dest="changes", nargs="*", default=[], metavar="KEY=VALUE", help="profile values"
+    )
     parser.add_argument("--keep", type=Path, help="keep the copies in this folder")
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="seeds-"))
@@ -48,7 +52,11 @@ def main() -> None:
 def run(seed: int, changes: list[str], place: Path) -> dict[str, Any]:
     """One pipeline run in a copy of the working tree; returns its metrics/comparison.json."""
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("metrics/"):

@@ -10,6 +10,7 @@ import typer
 
 from stages.core.errors import UserError
 from stages.core.launch import prepare_process
+from stages.core.params import load_params
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +24,7 @@ STAGES, TOOLS = "Stages, in the order `dvc repro` runs them", "Tools"
 @app.command(rich_help_panel=STAGES)
 def prepare() -> None:
     """Read or generate the problems; check, clean and split them."""
-    prepare_process(network=True)
+    _begin(network=True)
     from stages import prepare as stage
 
     stage.main()
@@ -32,7 +33,7 @@ def prepare() -> None:
 @app.command(rich_help_panel=STAGES)
 def base() -> None:
     """Build, download or convert the base model."""
-    prepare_process(network=True)
+    _begin(network=True)
     from stages import base as stage
 
     stage.main()
@@ -41,7 +42,7 @@ def base() -> None:
 @app.command(rich_help_panel=STAGES)
 def sft() -> None:
     """Fine-tune the base model on clean solutions (LoRA)."""
-    prepare_process()
+    _begin()
     from stages import sft as stage
 
     stage.main()
@@ -50,7 +51,7 @@ def sft() -> None:
 @app.command(rich_help_panel=STAGES)
 def rollout() -> None:
     """Let the SFT policy answer training questions through every arm."""
-    prepare_process()
+    _begin()
     from stages import rollout as stage
 
     stage.main()
@@ -59,12 +60,14 @@ def rollout() -> None:
 @app.command(rich_help_panel=STAGES)
 def coherence(
     rollouts: Annotated[Path, typer.Option(help="Trajectories to score.")] = Path("data/rollouts.jsonl"),
-    out: Annotated[Path, typer.Option(help="Where the scored ones go.")] = Path("data/regime_w_rollouts.jsonl"),
+    out: Annotated[Path, typer.Option(help="Where the scored ones go.")] = Path(
+        "data/regime_w_rollouts.jsonl"
+    ),
     metrics: Annotated[Path, typer.Option(help="Where the summary goes.")] = Path("metrics/regime_w.json"),
     plots: Annotated[Path, typer.Option(help="Folder of the plot data.")] = Path("metrics/plots/regime_w"),
 ) -> None:
     """Score the coherence of each trajectory and its reward (Regime W)."""
-    prepare_process()
+    _begin()
     from stages import coherence as stage
 
     stage.main(rollouts, out, metrics, plots)
@@ -72,12 +75,14 @@ def coherence(
 
 @app.command(rich_help_panel=STAGES)
 def preference(
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path("data/regime_w_rollouts.jsonl"),
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
+        "data/regime_w_rollouts.jsonl"
+    ),
     out: Annotated[Path, typer.Option(help="Where the pairs go.")] = Path("data/coherence_preferences.jsonl"),
     metrics: Annotated[Path, typer.Option(help="Where the counts go.")] = Path("metrics/preference.json"),
 ) -> None:
     """Make preference pairs from the scored trajectories."""
-    prepare_process()
+    _begin()
     from stages import preference as stage
 
     stage.main(rollouts, out, metrics)
@@ -86,7 +91,7 @@ def preference(
 @app.command(rich_help_panel=STAGES)
 def dpo() -> None:
     """Train the DPO adapter from the pairs, starting at the SFT adapter."""
-    prepare_process()
+    _begin()
     from stages import dpo as stage
 
     stage.main()
@@ -95,7 +100,7 @@ def dpo() -> None:
 @app.command(rich_help_panel=STAGES)
 def evaluate(policy: Annotated[str, typer.Argument(help="base, sft or dpo")]) -> None:
     """Evaluate a policy on Platinum: greedy answers and samples."""
-    prepare_process()
+    _begin()
     from stages import evaluate as stage
 
     if policy not in stage.ADAPTERS:
@@ -106,7 +111,7 @@ def evaluate(policy: Annotated[str, typer.Argument(help="base, sft or dpo")]) ->
 @app.command(rich_help_panel=STAGES)
 def headline() -> None:
     """Copy one policy's metrics to metrics/headline.json, for `dvc metrics diff`."""
-    prepare_process()
+    _begin()
     from stages import headline as stage
 
     stage.main()
@@ -115,7 +120,7 @@ def headline() -> None:
 @app.command(rich_help_panel=STAGES)
 def report() -> None:
     """Compare the policies and write report.html."""
-    prepare_process()
+    _begin()
     from stages import report as stage
 
     stage.main()
@@ -146,6 +151,12 @@ def runs(versions: Annotated[bool, typer.Option(help="Show package versions too.
     from stages.tools import runs as tool
 
     tool.main(versions)
+
+
+def _begin(network: bool = False) -> None:
+    """Settle the process, and check all parameters before the slow imports."""
+    prepare_process(network)
+    load_params()
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ whose pad token differs from its end token.
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,9 @@ def download(spec: HubModel) -> Path:
             wanted.append("*.bin")
         return Path(snapshot_download(spec.id, revision=spec.revision, allow_patterns=wanted))
     except RepositoryNotFoundError:
-        raise UserError(f"model.id: '{spec.id}' is not on the hub, or it is private and no token is set") from None
+        raise UserError(
+            f"model.id: '{spec.id}' is not on the hub, or it is private and no token is set"
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"model.id: '{spec.id}' at revision {spec.revision} cannot be downloaded and is not in the cache "
@@ -69,6 +73,7 @@ def download(spec: HubModel) -> Path:
 def convert(run: StageRun, spec: HubModel | DirectoryModel, source: Path) -> None:
     """Write `source` as safetensors in the profile's precision. Pickle weights are read without running code."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if not (source / "config.json").is_file():
@@ -81,20 +86,44 @@ def convert(run: StageRun, spec: HubModel | DirectoryModel, source: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     ensure_pad(tokenizer)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=getattr(torch, spec.dtype), local_files_only=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:  # missing files, code in a pickle, wrong shapes
-        raise UserError(f"{source}: the weights cannot be read ({str(error).splitlines()[0]:.200})") from error
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"holds code ({code[1]}), which is never run"
+            if code
+            else "is damaged, or holds more than weights"
+        )
+        raise UserError(
+            f"{source}: a pickle of weights {reason}; take safetensors, or files of another source"
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:  # missing, cut off, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: the weights cannot be read ({reason:.200})") from error
+    if found["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(
+            f"{source}: the weights lack {len(found['missing_keys'])} of the model's tensors "
+            f"({min(found['missing_keys'])} the first); get the files anew"
+        )
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the model has embeddings for")
+        raise UserError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, more than the model has embeddings for"
+        )
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     # The profile says how to decode; what the hub ships for sampling is dropped.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     with atomic_folder(BASE) as folder:
         model.save_pretrained(folder, max_shard_size="4GB")
         tokenizer.save_pretrained(folder)
-    run.say(f"converted to {spec.dtype} safetensors: {sum(p.numel() for p in model.parameters()):,} parameters")
+    run.say(
+        f"converted to {spec.dtype} safetensors: {sum(p.numel() for p in model.parameters()):,} parameters"
+    )
 
 
 def ensure_pad(tokenizer: Any) -> None:

@@ -87,7 +87,10 @@ def main() -> None:
             trainer = PairTrainer(
                 model=model,
                 args=DPOConfig(
-                    **arguments, beta=spec.beta, loss_type=list(spec.loss_type), loss_weights=list(spec.loss_weights)
+                    **arguments,
+                    beta=spec.beta,
+                    loss_type=list(spec.loss_type),
+                    loss_weights=list(spec.loss_weights),
                 ),
                 train_dataset=Dataset.from_list(rows),
                 processing_class=tokenizer,
@@ -110,7 +113,9 @@ def main() -> None:
         with atomic_folder(DPO_ADAPTER) as folder:
             save_adapter(read_adapter(selection.folder(best["step"])), config, folder)
         kept = f"step {best['step']}" if best["step"] else "the SFT adapter: no step was better on validation"
-        run.say(f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}")
+        run.say(
+            f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}"
+        )
 
 
 def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
@@ -123,8 +128,10 @@ def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]
     for pair in read_jsonl(PAIRS, {"prompt": str, "chosen": str, "rejected": str}):
         row = {
             "prompt_ids": prompt_ids(tokenizer, prompt, pair["prompt"]),
-            "chosen_ids": completion_ids(tokenizer, pair["chosen"]),
-            "rejected_ids": completion_ids(tokenizer, pair["rejected"], pair.get("rejected_finish") != "length"),
+            "chosen_ids": completion_ids(tokenizer, pair["chosen"], opening=prompt.opening),
+            "rejected_ids": completion_ids(
+                tokenizer, pair["rejected"], pair.get("rejected_finish") != "length", prompt.opening
+            ),
         }
         if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > spec.max_tokens:
             too_long += 1
@@ -148,7 +155,9 @@ def assert_same_start(trainer: Any, rows: list[dict[str, list[int]]]) -> None:
 
     def logprobs() -> torch.Tensor:
         with torch.no_grad():
-            logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits = trainer.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits
         return -torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:])
 
     trainer.model.eval()
@@ -177,7 +186,9 @@ class Selection(TrainerCallback):
         valid = read_jsonl(VALID, {"id": str, "question": str, "gold": str})
         self.problems = list(islice(valid, self.spec.select_questions))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Every `select_steps` optimizer steps."""
         if state.global_step % self.spec.select_steps == 0:
             self.consider(kwargs["model"], state.global_step)
@@ -229,7 +240,8 @@ class Selection(TrainerCallback):
         with torch.no_grad():
             for completion in make_engine(model, self.tokenizer, self.run.params.hardware).generate(requests):
                 problem = golds[completion.id]
-                text = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+                written = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+                text = self.prompt.opening + written
                 answer = read_answer(text, problem["question"]).answer
                 right[completion.id.endswith("/0")].append(same_answer(answer, problem["gold"]))
         accuracy = sum(right[True]) / len(right[True])

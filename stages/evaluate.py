@@ -31,7 +31,10 @@ ADAPTERS = {"base": None, "sft": SFT_ADAPTER, "dpo": DPO_ADAPTER}
 def main(policy: str) -> None:
     """Evaluate one policy: `base`, `sft` or `dpo`."""
     adapter = ADAPTERS[policy]
-    rows_file, metrics_file = Path(f"data/platinum_eval/{policy}.jsonl"), Path(f"metrics/platinum/{policy}.json")
+    rows_file, metrics_file = (
+        Path(f"data/platinum_eval/{policy}.jsonl"),
+        Path(f"metrics/platinum/{policy}.json"),
+    )
     details_file = Path(f"metrics/platinum_details/{policy}.json")
     with stage_run(
         "evaluate",
@@ -53,7 +56,12 @@ def main(policy: str) -> None:
             for k in range(spec.samples):
                 own_seed = request_seed(seed, "evaluate", problem["id"], str(k))
                 sample = Request(
-                    f"{problem['id']}/{k}", prompt, spec.max_new_tokens, spec.temperature, spec.top_p, own_seed
+                    f"{problem['id']}/{k}",
+                    prompt,
+                    spec.max_new_tokens,
+                    spec.temperature,
+                    spec.top_p,
+                    own_seed,
                 )
                 requests.append(sample)
 
@@ -62,7 +70,7 @@ def main(policy: str) -> None:
         done = sum(request.id in journal.records for request in requests)
         with run.progress("generating", len(requests), "completions", done) as advance:
             engine = make_engine(model, tokenizer, run.params.hardware)
-            completions = complete(engine, tokenizer, requests, journal, advance)
+            completions = complete(engine, tokenizer, requests, journal, advance, run.params.prompt.opening)
         journal.close()
 
         # Verdicts and metrics.

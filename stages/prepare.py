@@ -174,7 +174,7 @@ def _read(source: str | HubDataset, split: str) -> Iterator[Row]:
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, record in read_numbered_jsonl(path, {name: str for name in FIELDS}):
+    for number, record in read_numbered_jsonl(path, dict.fromkeys(FIELDS, str)):
         yield f"{path}:{number}", record
 
 

@@ -71,7 +71,7 @@ def main(
     found = {name: path for name, path in found.items() if path.is_file()}
     if not found:
         raise UserError(f"{evaluations}: holds no base.jsonl, sft.jsonl or dpo.jsonl; run `dvc repro`")
-    tables = sorted([*(metrics / "curves").glob("*.csv"), *(metrics / "plots").glob("*.csv")])
+    tables = sorted([*(metrics / "curves").glob("*.csv"), *(metrics / "plots").rglob("*.csv")])
     numbers = sorted([*metrics.glob("*.json"), *(metrics / "platinum_details").glob("*.json")])
     own = {comparison, plot, metrics / "headline.json"}
     inputs = [
@@ -81,7 +81,9 @@ def main(
         "report", sections=(), inputs=[*found.values(), *inputs], outputs=[page, comparison, plot]
     ) as run:
         rows = {name: list(read_jsonl(path, FIELDS)) for name, path in found.items()}
-        policies = {name: _metrics_of(metrics / "platinum_details" / f"{name}.json", rows[name]) for name in rows}
+        policies = {
+            name: _metrics_of(metrics / "platinum_details" / f"{name}.json", rows[name]) for name in rows
+        }
         comparisons = {
             f"{a}_to_{b}": compare(rows[a], rows[b], POLICIES[a], POLICIES[b], SEED)
             for a, b in PAIRS
@@ -151,7 +153,7 @@ def _page_facts(
         "limits": {"leak": LEAK_LIMIT, "truncated": TRUNCATED_LIMIT},
         "warnings": [w for name, values in policies.items() for w in health_warnings(values, POLICIES[name])],
         "curves": _curve_charts({p.stem: t for p, t in csv_tables.items() if p.parent.name == "curves"}),
-        "plots": [_plot(p.stem, t) for p, t in csv_tables.items() if p.parent.name == "plots"],
+        "plots": [_plot(p.stem, t) for p, t in csv_tables.items() if p.parent.name != "curves"],
         "summaries": _summaries(metrics),
         "manifests": manifests,
         "disagreements": _disagreements(manifests),

@@ -34,17 +34,24 @@ ROLLOUTS = Path("data/rollouts.jsonl")
 def main() -> None:
     """Draw the trajectories of all chosen questions."""
     with stage_run(
-        "rollout", sections=("rollout", "prompt", "seed"), inputs=[TRAIN, BASE, SFT_ADAPTER], outputs=[ROLLOUTS]
+        "rollout",
+        sections=("rollout", "prompt", "seed"),
+        inputs=[TRAIN, BASE, SFT_ADAPTER],
+        outputs=[ROLLOUTS],
     ) as run:
         spec, seed = run.params.rollout, run.params.seed
         fix_arithmetic(run.params.hardware.threads, seed)
-        problems = choose(list(read_jsonl(TRAIN, {"id": str, "question": str, "gold": str})), spec.questions, seed)
+        problems = choose(
+            list(read_jsonl(TRAIN, {"id": str, "question": str, "gold": str})), spec.questions, seed
+        )
         model, tokenizer = load_policy(SFT_ADAPTER)
         engine = make_engine(model, tokenizer, run.params.hardware)
 
         # Questions go in rounds; what a round showed decides which arms the next one pulls (thompson).
         arms = list(spec.arms)
-        bandit = Thompson(arms, spec.per_question, spec.floor, seed) if spec.allocation == "thompson" else None
+        bandit = (
+            Thompson(arms, spec.per_question, spec.floor, seed) if spec.allocation == "thompson" else None
+        )
         size = spec.round_questions if bandit else len(problems)
         journal = Journal(run.work / "journal.jsonl")
         records = []
@@ -64,7 +71,7 @@ def main() -> None:
                     for problem in batch
                     for place, pull in enumerate(pulls[problem["id"]])
                 ]
-                drawn = complete(engine, tokenizer, requests, journal, advance)
+                drawn = complete(engine, tokenizer, requests, journal, advance, run.params.prompt.opening)
                 seeds = {request.id: request.seed for request in requests}
                 made = [build_record(problem, pulls[problem["id"]], spec, drawn, seeds) for problem in batch]
                 if bandit:
@@ -91,7 +98,9 @@ def build_request(run: StageRun, tokenizer: Any, problem: dict[str, Any], pull: 
     prompt = prompt_ids(tokenizer, run.params.prompt, problem["question"], arm.style, arm.system)
     seed = request_seed(run.params.seed, "rollout", problem["id"], str(pull))
     identity = f"{problem['id']}/{pull}"
-    return Request(identity, tuple(prompt), run.params.rollout.max_new_tokens, arm.temperature, arm.top_p, seed)
+    return Request(
+        identity, tuple(prompt), run.params.rollout.max_new_tokens, arm.temperature, arm.top_p, seed
+    )
 
 
 def build_record(

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: teach the base model the clean solutions, as a LoRA adapter.
 
-    prompt      <s> Question: Ann has 3 bags of 4 apples ... Answer:      (no loss)
-    completion  Ann starts with <<3*4=12>>12 apples. ... #### 10 </s>     (loss, the end token included)
+prompt      <s> Question: Ann has 3 bags of 4 apples ... Answer:      (no loss)
+completion  Ann starts with <<3*4=12>>12 apples. ... #### 10 </s>     (loss, the end token included)
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def main() -> None:
         with atomic_folder(SFT_ADAPTER) as folder:
             save_adapter(adapter_weights(model), adapter_config(model), folder)
         skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
-        run.say(f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}")
+        run.say(
+            f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}"
+        )
 
 
 def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
@@ -92,7 +94,7 @@ def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]
     rows = []
     for problem in problems:
         before = prompt_ids(tokenizer, prompt, problem["question"], rng.choice(spec.styles))
-        after = completion_ids(tokenizer, completion_text(prompt, problem["answer"]))
+        after = completion_ids(tokenizer, completion_text(prompt, problem["answer"]), opening=prompt.opening)
         if len(before) + len(after) <= spec.max_tokens:
             rows.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
     return rows, len(problems) - len(rows)

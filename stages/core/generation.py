@@ -13,12 +13,18 @@ FLUSH_SECONDS = 2.0
 
 
 def complete(
-    engine: Engine, tokenizer: Any, requests: Iterable[Request], journal: Journal, advance: Callable[..., None]
+    engine: Engine,
+    tokenizer: Any,
+    requests: Iterable[Request],
+    journal: Journal,
+    advance: Callable[..., None],
+    opening: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Complete all `requests`, those in `journal` excepted; returns `{id, text, tokens, finish, logprob}` by id.
 
-    `tokens` counts the new tokens without the end token. Raises RuntimeError when the engine gives back
-    fewer completions than were asked for.
+    `text` begins with `opening`, what the prompt has already written of the answer; `tokens` counts the new
+    tokens without the end token. Raises RuntimeError when the engine gives back fewer completions than were
+    asked for.
     """
     requests = list(requests)
     done = frozenset(request.id for request in requests if request.id in journal.records)
@@ -27,7 +33,7 @@ def complete(
         journal.add(
             {
                 "id": completion.id,
-                "text": tokenizer.decode(completion.tokens, skip_special_tokens=True),
+                "text": opening + tokenizer.decode(completion.tokens, skip_special_tokens=True),
                 "tokens": len(completion.tokens),
                 "finish": completion.finish,
                 "logprob": completion.logprob,
@@ -40,5 +46,7 @@ def complete(
     journal.flush()
     missing = [request.id for request in requests if request.id not in journal.records]
     if missing:
-        raise RuntimeError(f"the engine gave no completion for {len(missing)} requests, {missing[0]} the first")
+        raise RuntimeError(
+            f"the engine gave no completion for {len(missing)} requests, {missing[0]} the first"
+        )
     return {request.id: journal.records[request.id] for request in requests}

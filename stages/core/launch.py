@@ -35,7 +35,9 @@ def prepare_process(network: bool = False) -> None:
         if not network:
             os.environ[name] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\b.*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\b.*"
+    )
 
 
 def fix_arithmetic(threads: int | None, seed: int) -> None:

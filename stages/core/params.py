@@ -22,7 +22,9 @@ Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(ge=0, le=5)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, so that it cannot move")]
+Revision = Annotated[
+    str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, so that it cannot move")
+]
 Policy = Literal["base", "sft", "dpo"]
 
 
@@ -50,7 +52,7 @@ class SignalWeights(Section):
 
 
 class Reward(Section):
-    """r = alpha*correct + beta*(S + kappa*(s_wm - S)) + gamma*[correct and s_end > consensus] - lambda*max(0, tokens - length_limit)."""
+    """The terms of a trajectory's reward; the formula is in stages/regime_w/reward.py."""
 
     alpha: NonNegative
     beta: NonNegative
@@ -88,7 +90,9 @@ class Preference(Section):
     @model_validator(mode="after")
     def _some_kind(self) -> Self:
         if not self.correctness.per_question and not self.coherence.per_question:
-            raise ValueError("correctness.per_question and coherence.per_question are both 0: no pair could be made")
+            raise ValueError(
+                "correctness.per_question and coherence.per_question are both 0: no pair could be made"
+            )
         return self
 
 
@@ -200,10 +204,15 @@ class FilesData(Section):
 
 
 class Prompt(Section):
-    """How a question is put to the model, and how a gold solution is written as its answer."""
+    """How a question is put to the model, and how a gold solution is written as its answer.
+
+    `opening` is what the chat template has already written of the answer, such as R1's "<think>\\n". All
+    recorded completions begin with it, so that whoever reads one sees that it began as a thought.
+    """
 
     chat: bool
     system: str | None = None
+    opening: str = ""
     default: str
     styles: dict[str, str]
     completion: str
@@ -220,6 +229,10 @@ class Prompt(Section):
             raise ValueError("completion: must hold {solution}, or {steps} and {answer}")
         if self.system and not self.chat:
             raise ValueError("system: a system line needs chat: true")
+        if self.opening and not self.chat:
+            raise ValueError("opening: only a chat template can open the answer; it needs chat: true")
+        if not self.completion.startswith(self.opening):
+            raise ValueError(f"completion: must begin with opening ({self.opening!r})")
         return self
 
 
@@ -299,7 +312,9 @@ class Dpo(Section):
         if len(self.loss_type) != len(self.loss_weights):
             raise ValueError("loss_weights: give one weight for each loss_type")
         if self.select_steps % self.checkpoint_steps:
-            raise ValueError("select_steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike")
+            raise ValueError(
+                "select_steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"
+            )
         return self
 
 

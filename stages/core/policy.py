@@ -24,7 +24,9 @@ def load_base(folder: Path = BASE) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        raise UserError(f"{folder}: the tokenizer's pad token must exist and differ from its end token; rerun base")
+        raise UserError(
+            f"{folder}: the tokenizer's pad token must exist and differ from its end token; rerun base"
+        )
     return model.to(device), tokenizer
 
 
@@ -49,7 +51,9 @@ def adapter_weights(model: Any, name: str = "default") -> dict[str, torch.Tensor
 def save_adapter(weights: Mapping[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
     """Write an adapter as PEFT reads it: weights and config, nothing else."""
     save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def adapter_config(model: Any, name: str = "default") -> dict[str, Any]:

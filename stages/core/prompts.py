@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from stages.core.errors import UserError
 from stages.core.params import Prompt
 
 
@@ -40,6 +41,11 @@ def prompt_ids(
     if prompt.chat:
         messages = prompt_messages(prompt, question, style, system)
         filled = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if not filled.endswith(prompt.opening):
+            raise UserError(
+                f"prompt.opening: the chat template does not end in {prompt.opening!r} "
+                f"but in {filled[-20:]!r}"
+            )
         return list(tokenizer(filled, add_special_tokens=False)["input_ids"])
     text = prompt_text(prompt, question, style)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -53,12 +59,14 @@ def completion_text(prompt: Prompt, solution: str) -> str:
     return re.sub("|".join(map(re.escape, values)), lambda found: values[found[0]], prompt.completion)
 
 
-def completion_ids(tokenizer: Any, text: str, ended: bool = True) -> list[int]:
+def completion_ids(tokenizer: Any, text: str, ended: bool = True, opening: str = "") -> list[int]:
     """Token ids of a completion; the end token closes it unless the text was cut off.
 
-    It is read as the text of a new line, which is where every prompt of the profiles leaves off. Read by itself,
-    Llama's tokenizers would put a space before its first word, and the model would learn to write that space.
+    `opening` is left out: the prompt's tokens hold it already. The rest is read as the text of a new line,
+    which is where the prompts of all profiles leave off. Read by itself, Llama's tokenizers would put a space
+    before its first word, and the model would learn to write it.
     """
+    text = text.removeprefix(opening)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     line = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
     on_line = list(tokenizer("\n" + text, add_special_tokens=False)["input_ids"])

@@ -56,7 +56,7 @@ def read_numbered_jsonl(path: Path, fields: Fields | None = None) -> Iterator[tu
                 kinds = kind if isinstance(kind, tuple) else (kind,)
                 value = record[name]
                 # In Python a bool is an int; in a record it is not.
-                if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                     wanted = " or ".join(k.__name__ for k in kinds)
                     raise UserError(
                         f"{path}:{number}: field '{name}' must be {wanted}, found "

@@ -87,7 +87,9 @@ class StageRun:
                 if not self.console.is_terminal and now - last_line > 30:
                     last_line = now
                     left = (total - count) / max(rate, 1e-9)
-                    self.say(f"{what}: {count:,} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left {note}")
+                    self.say(
+                        f"{what}: {count:,} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left {note}"
+                    )
 
             yield advance
         self.facts.setdefault("seconds_of", {})[what] = round(time.monotonic() - started, 3)
@@ -95,7 +97,12 @@ class StageRun:
 
 @contextlib.contextmanager
 def stage_run(
-    name: str, *, sections: tuple[str, ...], inputs: Sequence[Path], outputs: Sequence[Path], variant: str = ""
+    name: str,
+    *,
+    sections: tuple[str, ...],
+    inputs: Sequence[Path],
+    outputs: Sequence[Path],
+    variant: str = "",
 ) -> Iterator[StageRun]:
     """Frame one stage's work. `variant` tells runs of one stage apart (evaluate's policy).
 
@@ -109,7 +116,9 @@ def stage_run(
     params = Sections(load_params(), sections)
     inputs_seen = {path.as_posix(): _fingerprint_input(path) for path in inputs}
     identity = {"stage": label, "params": params.read(), "inputs": inputs_seen}
-    code = [[path.as_posix(), sha256_file(ROOT / path)] for path in project_files(ROOT / "stages" / f"{name}.py")]
+    code = [
+        [path.as_posix(), sha256_file(ROOT / path)] for path in project_files(ROOT / "stages" / f"{name}.py")
+    ]
     fingerprint = hashlib.sha256(json.dumps([identity, code], sort_keys=True).encode()).hexdigest()[:16]
 
     console = Console(stderr=True, soft_wrap=True)
@@ -177,12 +186,16 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("w")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); check its owner and the disk") from None
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); check its owner and the disk"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{folder.name}: another run of this stage is going on; wait for it, or end it") from None
+            raise UserError(
+                f"{folder.name}: another run of this stage is going on; wait for it, or end it"
+            ) from None
         yield
 
 

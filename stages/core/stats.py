@@ -141,7 +141,7 @@ def smallest_visible_difference(
     normal approximation. Where even all changes going one way would be too few (an exact test needs six),
     the smallest d that would do if all changes were gains. None when no difference could be seen at all.
     """
-    from scipy.special import bdtr, bdtrc  # type: ignore[import-untyped]
+    from scipy.special import bdtr, bdtrc
 
     # The most losses among m changes that still reject, -1 when none do; one more change adds at most one.
     most = np.full(pairs + 1, -1)

@@ -20,7 +20,9 @@ from stages.core.records import atomic_write
 COMPLETE = "complete"  # written into a checkpoint once all of it is on the disk
 
 
-def trainer_arguments(spec: Sft | Dpo, hardware: Hardware, seed: int, work: Path, model: Any) -> dict[str, Any]:
+def trainer_arguments(
+    spec: Sft | Dpo, hardware: Hardware, seed: int, work: Path, model: Any
+) -> dict[str, Any]:
     """Keyword arguments common to TRL's SFTConfig and DPOConfig.
 
     The global batch stays what the parameters say: micro-batches and accumulation follow from the number
@@ -74,17 +76,23 @@ class Progress(TrainerCallback):
         self.advance = advance
         self.note = ""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Keep the newest loss for the display."""
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
             self.note = f"loss {float(logs['loss']):.4f}"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """One optimizer step further."""
         self.advance(1, self.note)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Called after the trainer has written a checkpoint."""
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

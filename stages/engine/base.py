@@ -38,7 +38,9 @@ class Completion:
 class Engine(Protocol):
     """Something that can complete requests with one policy."""
 
-    def generate(self, requests: Iterable[Request], done: frozenset[str] = frozenset()) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], done: frozenset[str] = frozenset()
+    ) -> Iterator[Completion]:
         """Complete every request whose id is not in `done`, in whatever order they finish.
 
         All requests of a run are given also when it is resumed, so that an engine may plan alike.

@@ -25,7 +25,9 @@ class TransformersEngine:
         self.pad_id = pad_id
         self.batch = batch
 
-    def generate(self, requests: Iterable[Request], done: frozenset[str] = frozenset()) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], done: frozenset[str] = frozenset()
+    ) -> Iterator[Completion]:
         """See `Engine.generate`. Same bytes for the same list of requests on the same kind of processor."""
         # Requests with one prompt lie side by side, so that they share its computation.
         planned = sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
@@ -109,7 +111,10 @@ class _Draws:
         self.sampled = bool((self.temperature > 0).any())
         if self.sampled:
             limit = max(request.max_new_tokens for request in batch)
-            streams = [np.random.Generator(np.random.Philox(request.seed)).random(limit, np.float32) for request in batch]
+            streams = [
+                np.random.Generator(np.random.Philox(request.seed)).random(limit, np.float32)
+                for request in batch
+            ]
             self.uniform = torch.from_numpy(np.stack(streams)).to(device)
 
     def choose(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,8 +36,8 @@ def build_tokenizer(model: BuiltModel, texts: list[Text]) -> PreTrainedTokenizer
     """Byte-level BPE with every digit a token of its own; pad is distinct from end."""
     tokenizer = Tokenizer(models.BPE())
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=model.architecture.vocab,
         special_tokens=["<pad>", "<s>", "</s>"],
@@ -75,16 +74,27 @@ def build_model(
         )
     )
     rows = [
-        [tokenizer.bos_token_id, *tokenizer.encode(prompt), *tokenizer.encode(solution), tokenizer.eos_token_id]
+        [
+            tokenizer.bos_token_id,
+            *tokenizer.encode(prompt),
+            *tokenizer.encode(solution),
+            tokenizer.eos_token_id,
+        ]
         for prompt, solution in texts
     ]
     steps = len(rows) // spec.batch
-    optimizer = torch.optim.AdamW(network.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: _warmup_then_decay(n, spec.warmup_steps, steps))
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: _warmup_then_decay(n, spec.warmup_steps, steps)
+    )
     network.train()
     for input_ids, attention_mask in _batches(rows, spec.batch, tokenizer.pad_token_id, model.seed):
         labels = input_ids.masked_fill(attention_mask == 0, -100)
-        loss = network(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss
+        loss = network(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -121,5 +131,3 @@ def _batches(
             input_ids[row, : len(rows[i])] = torch.tensor(rows[i])
             mask[row, : len(rows[i])] = 1
         yield input_ids, mask
-
-

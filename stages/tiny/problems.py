@@ -1,9 +1,9 @@
 """Word problems in GSM8K's format, made on the spot, so that the pipeline runs without a network.
 
     {"id": "train-00000",
-     "question": "Mia has 4 boxes of 6 pears. First Mia sells 9, then Mia buys 12 more. How many pears does Mia have now?",
+     "question": "Mia has 4 boxes of 6 pears. First Mia sells 9, then Mia buys 8 more. How many pears does ...?",
      "answer": "Mia starts with <<4*6=24>>24 pears.\\nAfter selling 9 there are <<24-9=15>>15.\\n
-                After buying 12 there are <<15+12=27>>27.\\n#### 27"}
+                After buying 8 there are <<15+8=23>>23.\\n#### 23"}
 
 A problem's key (its events, their numbers and its closing question, without names and things) decides by
 hash which split it belongs to, so no problem of one split can appear in another, whatever the seeds.
@@ -94,7 +94,9 @@ class Problem:
             return f"{text} {self.factor} friends share them equally. How many each?"
         return f"{text} How many {self.thing} does {self.name} have now?"
 
-    def solution(self, style: Style, signs: tuple[int, ...] | None = None, factor_op: str | None = None) -> str:
+    def solution(
+        self, style: Style, signs: tuple[int, ...] | None = None, factor_op: str | None = None
+    ) -> str:
         """The worked text, in a style: `direct` writes the events as one equation, `plain` one step a line.
 
         `signs` and `factor_op` replace the right operations where the text is to be mistaken.
@@ -104,7 +106,9 @@ class Problem:
         count = self.start[0]
         if len(self.start) == 2:
             count = self.start[0] * self.start[1]
-            lines.append(f"{self.name} starts with {_worked(f'{self.start[0]}*{self.start[1]}', count)} {self.thing}.")
+            lines.append(
+                f"{self.name} starts with {_worked(f'{self.start[0]}*{self.start[1]}', count)} {self.thing}."
+            )
         if style == "direct":
             expression = str(count)
             for sign, (_, n) in zip(signs, self.events, strict=True):
@@ -141,7 +145,9 @@ def _worked(expression: str, value: int) -> str:
 def draw(rng: random.Random) -> Problem:
     """One random problem with non-negative whole numbers all the way through."""
     while True:
-        start: tuple[int, ...] = (rng.randint(5, 30),) if rng.random() < 0.6 else (rng.randint(2, 9), rng.randint(2, 6))
+        start: tuple[int, ...] = (
+            (rng.randint(5, 30),) if rng.random() < 0.6 else (rng.randint(2, 9), rng.randint(2, 6))
+        )
         count = start[0] * (start[1] if len(start) == 2 else 1)
         events: list[tuple[Verb, int]] = []
         for verb in rng.sample(VERBS, rng.choice((1, 2, 2, 3))):
@@ -161,7 +167,15 @@ def draw(rng: random.Random) -> Problem:
                 if not divisors:
                     continue
                 closing, factor = "share", rng.choice(divisors)
-            return Problem(rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES), start, tuple(events), closing, factor)
+            return Problem(
+                rng.choice(NAMES),
+                rng.choice(THINGS),
+                rng.choice(BOXES),
+                start,
+                tuple(events),
+                closing,
+                factor,
+            )
 
 
 def problems(split: Split, seed: int) -> Iterator[Problem]:
@@ -175,7 +189,9 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
             yield problem
 
 
-def mistaken(problem: Problem, style: Style, rng: random.Random, confused_share: float, slip_share: float) -> str:
+def mistaken(
+    problem: Problem, style: Style, rng: random.Random, confused_share: float, slip_share: float
+) -> str:
     """A solution as found text has it: a wrong operation in some steps, the text otherwise sound.
 
     A step with a confused verb takes the opposite operation with probability `confused_share`, any other

@@ -155,7 +155,7 @@ def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterato
             return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    completion = completion_text(params.prompt, example["answer"])
+    completion = completion_text(params.prompt, example["answer"]).removeprefix(params.prompt.opening)
     for style in dict.fromkeys(params.sft.styles):
         yield f"sft, style {style}: prompt", filled(style)
     yield "sft: completion (the end token follows)", completion

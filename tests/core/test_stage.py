@@ -1,4 +1,4 @@
-"""stage_run: one run at a time, progress kept and never mixed up, manifests that say what was made of what."""
+"""stage_run: one run at a time, progress kept and never mixed up, manifests that say what came of what."""
 
 from __future__ import annotations
 
@@ -46,16 +46,22 @@ def work(sections: tuple[str, ...] = ("headline",), text: str = "1\n") -> StageR
     return run
 
 
-def interrupted(note: str = "half done") -> Path:
-    """A run that is cut off after it wrote progress; returns its progress folder."""
-    with (
-        pytest.raises(KeyboardInterrupt),
-        stage_run("headline", sections=("headline",), inputs=[Path("input.jsonl")], outputs=[OUT, SIDE]) as run,
-    ):
+def cut_off() -> None:
+    """A run that is stopped after it wrote progress."""
+    with stage_run(
+        "headline", sections=("headline",), inputs=[Path("input.jsonl")], outputs=[OUT, SIDE]
+    ) as run:
         run.work.mkdir(parents=True, exist_ok=True)
-        (run.work / "journal").write_text(note)
+        (run.work / "journal").write_text("half done")
         raise KeyboardInterrupt
-    return run.work
+
+
+def interrupted() -> Path:
+    """The progress folder of a run that was stopped; no other is there."""
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    (folder,) = [path for path in Path(".work/headline").iterdir() if path.is_dir()]
+    return folder
 
 
 def test_manifest_holds_hashes_and_parameters(workplace: Path) -> None:
@@ -107,27 +113,30 @@ def test_undeclared_parameters_cannot_be_read() -> None:
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("absent.jsonl", r"absent\.jsonl: is missing; run `dvc repro`"), ("folder", r"folder: has no manifest\.json")],
+    [
+        ("absent.jsonl", r"absent\.jsonl: is missing; run `dvc repro`"),
+        ("folder", r"folder: has no manifest\.json"),
+    ],
 )
 def test_a_missing_input_stops_before_any_work(path: str, words: str) -> None:
     Path("folder").mkdir()
     began = False
-    with pytest.raises(UserError, match=words), stage_run("headline", sections=(), inputs=[Path(path)], outputs=[OUT]):
+    with (
+        pytest.raises(UserError, match=words),
+        stage_run("headline", sections=(), inputs=[Path(path)], outputs=[OUT]),
+    ):
         began = True
     assert not began
 
 
 def test_one_run_of_a_stage_at_a_time() -> None:
-    with (
-        stage_run("headline", sections=(), inputs=[], outputs=[OUT]),
-        pytest.raises(UserError, match="another run of this stage is going on"),
-    ):
-        OUT.parent.mkdir()
-        OUT.write_text("")
-        with stage_run("headline", sections=(), inputs=[], outputs=[OUT]):
-            pass
-    with stage_run("headline", sections=(), inputs=[], outputs=[OUT]):  # the lock is let go
-        pass
+    with stage_run("headline", sections=("headline",), inputs=[Path("input.jsonl")], outputs=[OUT, SIDE]):
+        with pytest.raises(UserError, match="another run of this stage is going on"):
+            work()
+        for path in (OUT, SIDE):
+            path.parent.mkdir()
+            path.write_text("")
+    work()  # the lock is let go
 
 
 def test_variants_of_a_stage_may_run_side_by_side() -> None:
@@ -199,9 +208,14 @@ def test_atomic_folder_replaces_all_or_nothing() -> None:
     target = Path("checkpoints/some")
     with atomic_folder(target) as fresh:
         (fresh / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as fresh:
-        (fresh / "b").write_text("half")
-        raise KeyboardInterrupt
+
+    def fail() -> None:
+        with atomic_folder(target) as fresh:
+            (fresh / "b").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert [path.name for path in target.iterdir()] == ["a"]
     with atomic_folder(target) as fresh:
         (fresh / "c").write_text("new")
@@ -210,13 +224,16 @@ def test_atomic_folder_replaces_all_or_nothing() -> None:
 
 
 def test_sigterm_ends_a_stage_in_order() -> None:
+    """As an ordinary exit, so that journals are closed; afterwards SIGTERM means what it meant before."""
     before = signal.getsignal(signal.SIGTERM)
-    with (
-        pytest.raises(SystemExit) as ended,
-        stage_run("headline", sections=("headline",), inputs=[], outputs=[OUT]),
-    ):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+
+    def terminated() -> None:
+        with stage_run("headline", sections=("headline",), inputs=[], outputs=[OUT]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit) as ended:
+        terminated()
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
 

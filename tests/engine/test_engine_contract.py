@@ -57,7 +57,9 @@ def mixed_requests() -> list[Request]:
     return requests
 
 
-def complete(model: Any, requests: list[Request], batch: int = 16, done: frozenset[str] = frozenset()) -> dict[str, Completion]:
+def complete(
+    model: Any, requests: list[Request], batch: int = 16, done: frozenset[str] = frozenset()
+) -> dict[str, Completion]:
     completions = list(engine(model, batch).generate(requests, done))
     assert len({one.id for one in completions}) == len(completions)
     return {one.id: one for one in completions}
@@ -86,7 +88,11 @@ def test_a_request_does_not_depend_on_its_neighbours(model: Any) -> None:
     requests = mixed_requests()
     wanted = complete(model, requests)
     shuffled = random.Random(2).sample(requests, len(requests))
-    for other in (complete(model, shuffled), complete(model, requests, batch=1), complete(model, shuffled, batch=23)):
+    for other in (
+        complete(model, shuffled),
+        complete(model, requests, batch=1),
+        complete(model, shuffled, batch=23),
+    ):
         assert other.keys() == wanted.keys()
         for identity, one in wanted.items():
             assert other[identity].tokens == one.tokens
@@ -103,7 +109,9 @@ def test_a_resumed_run_gives_the_same_bits(model: Any, seed: int) -> None:
     """Whatever was done before the interruption, the rest comes out as if there had been none."""
     requests = mixed_requests()
     whole = complete(model, requests)
-    done = frozenset(random.Random(seed).sample(sorted(whole), random.Random(seed).randint(1, len(whole) - 1)))
+    done = frozenset(
+        random.Random(seed).sample(sorted(whole), random.Random(seed).randint(1, len(whole) - 1))
+    )
     rest = complete(model, requests, done=done)
     assert rest == {identity: one for identity, one in whole.items() if identity not in done}
 
@@ -157,7 +165,9 @@ def test_drawn_tokens_follow_the_models_distribution(model: Any, temperature: fl
 def test_logprob_is_that_of_a_fresh_forward_pass(model: Any) -> None:
     """Summed over all new tokens, the end token included, at temperature 1 whatever the request's."""
     requests = mixed_requests()
-    for request, one in zip(requests, map(complete(model, requests).get, [r.id for r in requests]), strict=True):
+    for request, one in zip(
+        requests, map(complete(model, requests).get, [r.id for r in requests]), strict=True
+    ):
         assert one is not None
         with torch.no_grad():
             ids = torch.tensor([[*request.prompt, *one.tokens]])
@@ -173,7 +183,9 @@ def test_logprob_is_that_of_a_fresh_forward_pass(model: Any) -> None:
 
 def test_every_request_keeps_to_its_own_limit(model: Any) -> None:
     """With no end token in reach each one is as long as it was allowed to be, and says so."""
-    requests = [Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 21), prompts(20), strict=True)]
+    requests = [
+        Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 21), prompts(20), strict=True)
+    ]
     for one in TransformersEngine(model, [VOCABULARY + 1], PAD, 8).generate(requests):
         assert len(one.tokens) == int(one.id)
         assert one.finish == "length"
@@ -186,7 +198,10 @@ def test_a_row_that_ends_leaves_its_batch(model: Any) -> None:
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
     try:
-        requests = [Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 13), prompts(12), strict=True)]
+        requests = [
+            Request(str(limit), prompt, limit)
+            for limit, prompt in zip(range(1, 13), prompts(12), strict=True)
+        ]
         list(TransformersEngine(model, [VOCABULARY + 1], PAD, 12).generate(requests))
     finally:
         handle.remove()
@@ -219,7 +234,12 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> 
 
 
 def test_request_seeds_differ_by_run_question_and_arm() -> None:
-    seeds = {request_seed(seed, "rollout", f"train-{q}", str(arm)) for seed in (1, 2) for q in range(50) for arm in range(8)}
+    seeds = {
+        request_seed(seed, "rollout", f"train-{q}", str(arm))
+        for seed in (1, 2)
+        for q in range(50)
+        for arm in range(8)
+    }
     assert len(seeds) == 2 * 50 * 8
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed(17, "rollout", "train-00003", "1") == request_seed(17, "rollout", "train-00003", "1")

@@ -27,15 +27,24 @@ REPO = Path(__file__).resolve().parents[2]
 # measured by `make`, not here.
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"train": 150, "valid": 30, "platinum": 60},
-    "model": {"corpus": {"problems": 8000, "confused_share": 0.3, "slip_share": 0.02}},
-    "sft": {"examples": 120, "epochs": 1, "checkpoint_steps": 4},
+    "model": {
+        "architecture": {"hidden": 96, "layers": 2, "ffn": 256},
+        "corpus": {
+            "problems": 10_000, "batch": 8, "learning_rate": 3e-3, "direct_share": 0.1,
+            "confused_share": 0.3, "slip_share": 0.02,
+        },
+    },
+    "sft": {"examples": 120, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "checkpoint_steps": 10},
     "rollout": {"questions": 50},
-    "dpo": {"checkpoint_steps": 4, "select_steps": 4, "select_questions": 20, "select_samples": 1},
+    "dpo": {
+        "epochs": 2, "batch": 8, "learning_rate": 2e-4, "checkpoint_steps": 8, "select_steps": 8,
+        "select_questions": 30, "select_samples": 1,
+    },
     "evaluate": {"samples": 4},
-    "hardware": {"threads": 2},
-}
+    "hardware": {"threads": 1},
+}  # fmt: skip
 
-NETWORK_GUARD = '''
+NETWORK_GUARD = """
 import os, socket
 
 def refuse(self, address, *rest):
@@ -48,7 +57,7 @@ def refuse(self, address, *rest):
 connect = socket.socket.connect
 socket.socket.connect = refuse
 socket.socket.connect_ex = refuse
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,9 @@ class Project:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of this project's commands: its Python first in the path, no network."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DVC_"))}
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DVC_"))
+        }
         return {
             **inherited,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -90,11 +101,7 @@ class Project:
 
     def status(self, **env: str) -> dict[str, Any]:
         """`dvc status`: the stages that are out of date by themselves, and why."""
-        return json.loads(self.run("dvc", "status", "--json", **env).stdout)
-
-    def set(self, file: str, **values: Any) -> None:
-        """Set keys of a YAML file; `__` in a name goes one level down."""
-        self.update(file, {name.replace("__", "."): value for name, value in values.items()})
+        return json.loads(self.run("dvc", "status", "--json", check=True, **env).stdout)
 
     def update(self, file: str, values: dict[str, Any]) -> None:
         """Set keys of a YAML file, given with dots between the levels; comments stay."""
@@ -113,7 +120,7 @@ class Project:
 
 def flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= flatten(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
     return flat
@@ -121,13 +128,17 @@ def flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """This checkout's files, the tiny profile shrunk, committed to a fresh git repository; nothing has run."""
+    """This checkout's files, the tiny profile shrunk, committed to a new git repository; nothing has run."""
     folder = tmp_path_factory.mktemp("small")
     project = Project(folder / "project", folder / "guard")
     project.guard.mkdir()
     (project.guard / "sitecustomize.py").write_text(NETWORK_GUARD, encoding="utf-8")
     listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
         if (REPO / name).is_file():  # deleted, but not yet from git's index

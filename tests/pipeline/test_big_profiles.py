@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,17 @@ import torch
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from stages.core.answers import read_answer
@@ -33,10 +42,20 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
-NEVER_COPIED = ("/.git", "/.dvc/cache", "/.dvc/tmp", "/.work", "/data", "/checkpoints", "/metrics", "/dvc.lock")
+NEVER_COPIED = (
+    "/.git",
+    "/.dvc/cache",
+    "/.dvc/tmp",
+    "/.work",
+    "/data",
+    "/checkpoints",
+    "/metrics",
+    "/dvc.lock",
+)
 STAGE_RUNS = ["prepare", "base", "sft", "rollout", "coherence", "preference", "dpo", "headline", "report"] + [
     f"evaluate@{policy}" for policy in ("base", "sft", "dpo")
 ]
+LIMIT = 80  # tokens; a solution of R1's takes about 50
 # Less of everything. A random model learns from few short texts only at a high rate.
 SMALL: dict[str, Any] = {
     "data": {"source": "files", "train": "train.jsonl", "platinum": "platinum.jsonl", "valid": 8},
@@ -45,14 +64,14 @@ SMALL: dict[str, Any] = {
     "sft.learning_rate": 0.01,
     "sft.checkpoint_steps": 30,
     "rollout.questions": 16,
-    "rollout.max_new_tokens": 64,
+    "rollout.max_new_tokens": LIMIT,
     "dpo.batch": 8,
     "dpo.learning_rate": 0.0005,
     "dpo.checkpoint_steps": 4,
     "dpo.select_steps": 4,
     "dpo.select_questions": 8,
-    "dpo.select_max_new_tokens": 64,
-    "evaluate.max_new_tokens": 64,
+    "dpo.select_max_new_tokens": LIMIT,
+    "evaluate.max_new_tokens": LIMIT,
     "evaluate.samples": 2,
     "hardware.threads": 1,
     "hardware.generation_batch": 256,
@@ -67,7 +86,9 @@ def problems() -> list[dict[str, str]]:
     rows = []
     for (a, b), name, thing in product(sums, names, things):
         question = f"{name} has {a} {thing} and gets {b}. How many now?"
-        rows.append({"question": question, "answer": f"{name} has {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"})
+        rows.append(
+            {"question": question, "answer": f"{name} has {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"}
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return [rows[place] for place in order]
 
@@ -105,11 +126,17 @@ def abel_files(folder: Path, styles: dict[str, str]) -> None:
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**shape, initializer_range=0.2))
     older = {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu", "rope_theta": 10000.0,
-        "initializer_range": 0.02, "torch_dtype": "float32", "transformers_version": "4.34.0", "use_cache": False,
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu",
+        "rope_theta": 10000.0, "initializer_range": 0.02, "torch_dtype": "float32", "use_cache": False,
+        "transformers_version": "4.34.0",
     }  # fmt: skip
     write(folder / "config.json", {**shape, **older})
-    generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "transformers_version": "4.34.0"}
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "transformers_version": "4.34.0",
+    }
     write(folder / "generation_config.json", generation)
     weight_map, total = {}, 0
     for place, names in enumerate(thirds(list(model.state_dict())), start=1):
@@ -118,17 +145,21 @@ def abel_files(folder: Path, styles: dict[str, str]) -> None:
         torch.save(shard, folder / file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.numel() * 4 for tensor in shard.values())
-    write(folder / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write(
+        folder / "pytorch_model.bin.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
 
 
 def llama2_tokenizer(texts: list[str]) -> Tokenizer:
-    """BPE on `▁` words with bytes for what is unknown (line breaks among them), digits apart, <s> in front."""
+    """BPE on `▁` words with bytes for what is unknown (line breaks among them), digits apart, <s> first."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "removed"), pre_tokenizers.Digits(True), pre_tokenizers.Metaspace()]
     )
     first = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=480, special_tokens=first, show_progress=False))
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=480, special_tokens=first, show_progress=False)
+    )
     made = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in made["merges"]]
     tokenizer = Tokenizer(
@@ -153,7 +184,7 @@ R1_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}"
     "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
-    "{% else %}{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% endif %}"
+    "{% else %}{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 
@@ -163,7 +194,7 @@ def r1_files(folder: Path, styles: dict[str, str]) -> None:
     tokenizer = llama3_tokenizer(corpus(styles))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
-        "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False,
         "clean_up_tokenization_spaces": False, "model_max_length": 16384, "chat_template": R1_TEMPLATE,
         "bos_token": added_token(BEGIN), "eos_token": added_token(END), "pad_token": added_token(END),
     }  # fmt: skip
@@ -171,8 +202,8 @@ def r1_files(folder: Path, styles: dict[str, str]) -> None:
     ids = {"bos_token_id": tokenizer.token_to_id(BEGIN), "eos_token_id": tokenizer.token_to_id(END)}
     shape = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": tokenizer.get_vocab_size() + 40, "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, **ids,
+        "num_key_value_heads": 2, "vocab_size": tokenizer.get_vocab_size() + 40, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072, "tie_word_embeddings": False, **ids,
     }  # fmt: skip
     scaling = {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -183,8 +214,8 @@ def r1_files(folder: Path, styles: dict[str, str]) -> None:
         LlamaConfig(**shape, rope_parameters={**scaling, "rope_theta": 500000.0}, initializer_range=0.2)
     ).bfloat16()
     older = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rope_theta": 500000.0,
-        "rope_scaling": scaling, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "rope_theta": 500000.0, "rope_scaling": scaling, "attention_bias": False, "mlp_bias": False,
         "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True,
     }  # fmt: skip
     write(folder / "config.json", {**shape, **older})
@@ -194,17 +225,26 @@ def r1_files(folder: Path, styles: dict[str, str]) -> None:
     names = list(model.state_dict())
     for place, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), start=1):
         file = f"model-{place:05d}-of-000002.safetensors"
-        save_file({name: model.state_dict()[name].clone() for name in part}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: model.state_dict()[name].clone() for name in part},
+            folder / file,
+            metadata={"format": "pt"},
+        )
         weight_map |= dict.fromkeys(part, file)
     write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def llama3_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE with R1's added tokens; <think> and </think> are no special tokens, so that they are kept."""
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+    """Byte-level BPE with R1's added tokens; <think> and </think> are not special, so they stay in texts."""
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -212,12 +252,14 @@ def llama3_tokenizer(texts: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     for name, special in {
-        BEGIN: True, END: True, "<|finetune_right_pad_id|>": True, "<｜User｜>": False, "<｜Assistant｜>": False,
-        "<think>": False, "</think>": False, "<｜▁pad▁｜>": True,
+        BEGIN: True, END: True, "<|finetune_right_pad_id|>": True, "<｜▁pad▁｜>": True,
+        "<｜User｜>": False, "<｜Assistant｜>": False, "<think>": False, "</think>": False,
     }.items():  # fmt: skip
         tokenizer.add_tokens([AddedToken(name, normalized=False, special=special)])
     begin = tokenizer.token_to_id(BEGIN)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)]
+    )
     return tokenizer
 
 
@@ -239,7 +281,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def into_hub_cache(files: Path, cache: Path, identity: str, revision: str) -> None:
-    """Place the files as huggingface_hub does: blobs by hash, and links to them in the revision's snapshot."""
+    """Place the files as huggingface_hub does: blobs by hash, links to them in the revision's snapshot."""
     repository = cache / "hub" / f"models--{identity.replace('/', '--')}"
     snapshot = repository / "snapshots" / revision
     for folder in (repository / "blobs", repository / "refs", snapshot):
@@ -267,11 +309,15 @@ def fresh_copy(project: Project, folder: Path) -> Project:
     return copy
 
 
-def run_profile(project: Project, profile: str, build: Callable[[Path, dict[str, str]], None]) -> dict[str, str]:
-    """Put the model where the hub's copy would be, and run the whole pipeline; returns the offline environment."""
+def run_profile(
+    project: Project, profile: str, build: Callable[[Path, dict[str, str]], None]
+) -> dict[str, str]:
+    """Put the model where the hub's copy would be and run the whole pipeline; returns the environment."""
     files = project.root.parent / "files"
     files.mkdir()
-    values = YAML(typ="safe", pure=True).load((project.root / f"profiles/{profile}.yaml").read_text(encoding="utf-8"))
+    values = YAML(typ="safe", pure=True).load(
+        (project.root / f"profiles/{profile}.yaml").read_text(encoding="utf-8")
+    )
     build(files, values["prompt"]["styles"])
     into_hub_cache(files, project.root.parent / "cache", values["model"]["id"], values["model"]["revision"])
     rows = problems()
@@ -307,9 +353,11 @@ def assert_converted(project: Project) -> Any:
         with safe_open(file, "pt") as tensors:
             assert {str(tensors.get_tensor(name).dtype) for name in tensors.keys()} == {"torch.bfloat16"}  # noqa: SIM118
     generation = read(project, "checkpoints/base/generation_config.json")
-    assert not generation.get("do_sample") and "temperature" not in generation
+    assert not generation.get("do_sample")
+    assert "temperature" not in generation
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-    assert tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert read(project, "checkpoints/base/config.json")["pad_token_id"] == tokenizer.pad_token_id
     text = "Ann has 1+3=<<1+3=4>>4.\n#### 4"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
@@ -326,8 +374,13 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
     for name in ("sft_lora", "dpo_coherence_lora"):
         config = read(project, f"checkpoints/{name}/adapter_config.json")
         lora = profile["sft"]["lora"]
-        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (lora["r"], lora["alpha"], lora["dropout"])
-        assert len(config["target_modules"]) == 7, "attention's four and the MLP's three linear layers"
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (
+            lora["r"],
+            lora["alpha"],
+            lora["dropout"],
+        )
+        linear = {name.rpartition(".")[2] for name in config["target_modules"]}
+        assert len(linear) == 7, "attention's four and the MLP's three linear layers"
         files = {file.name for file in (project.root / "checkpoints" / name).iterdir()}
         assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     sft, dpo = read_curve(project, "sft"), read_curve(project, "dpo")
@@ -344,14 +397,15 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
     assert len(arms) == 8
     for row in rollouts:
         assert [one["arm"] for one in row["trajectories"]] == arms
-        assert all(one["logprob"] < 0 and one["tokens"] <= 64 for one in row["trajectories"])
+        assert all(one["logprob"] < 0 and one["tokens"] <= LIMIT for one in row["trajectories"])
     verdicts = {one["correct"] for row in rollouts for one in row["trajectories"]}
     assert verdicts == {True, False}
+    assert any(one["s_path"] > 0 for row in rollouts for one in row["trajectories"]), "no equation was read"
     pairs = read_rows(project, "data/coherence_preferences.jsonl")
     assert {"correctness"} <= {pair["kind"] for pair in pairs}
     assert len(dpo) == -(-len(pairs) // SMALL["dpo.batch"]), "no pair was too long"
 
-    # Evaluation: every question of the held-out file, by every policy; SFT writes the format, the base does not.
+    # Evaluation: every held-out question, by every policy; SFT writes the format, the base does not.
     for policy in ("base", "sft", "dpo"):
         rows = read_rows(project, f"data/platinum_eval/{policy}.jsonl")
         assert len(rows) == len(problems()) - 120
@@ -360,14 +414,19 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
             assert len(row["samples"]) == 2
         metrics = read(project, f"metrics/platinum/{policy}.json")
         assert metrics["accuracy"] == sum(row["correct"] for row in rows) / len(rows)
-    assert read(project, "metrics/platinum/sft.json")["accuracy"] > read(project, "metrics/platinum/base.json")["accuracy"]
+    assert (
+        read(project, "metrics/platinum/sft.json")["accuracy"]
+        > read(project, "metrics/platinum/base.json")["accuracy"]
+    )
     assert read(project, "metrics/headline.json")
     assert read(project, "metrics/comparison.json")
     assert "<html" in (project.root / "report.html").read_text(encoding="utf-8")
 
 
 def load_profile(project: Project, name: str) -> dict[str, Any]:
-    return YAML(typ="safe", pure=True).load((project.root / f"profiles/{name}.yaml").read_text(encoding="utf-8"))
+    return YAML(typ="safe", pure=True).load(
+        (project.root / f"profiles/{name}.yaml").read_text(encoding="utf-8")
+    )
 
 
 def test_abel_runs_whole(small_project: Project, tmp_path: Path) -> None:
@@ -390,25 +449,29 @@ def test_r1_runs_whole(small_project: Project, tmp_path: Path) -> None:
     assert tokenizer.chat_template == R1_TEMPLATE
     profile = load_profile(project, "r1-distill-8b")
     assert_ran(project, offline, profile)
-    # The template opened the thought; the completion ends it once, and the answer is what stands after it.
-    answered = [row for row in read_rows(project, "data/platinum_eval/sft.jsonl") if row["answer"] is not None]
+    # The template opened the thought; the completion must end it, and the answer is what stands after it.
+    answered = [
+        row for row in read_rows(project, "data/platinum_eval/sft.jsonl") if row["answer"] is not None
+    ]
     assert answered
     for row in answered:
-        assert "<think>" not in row["completion"]
-        thought, _, spoken = row["completion"].partition("</think>")
-        assert thought.strip() and row["answer"] == read_answer(spoken).answer
+        assert row["completion"].startswith("<think>\n")
+        assert "</think>" in row["completion"]
+        spoken = row["completion"].rpartition("</think>")[2].partition("<think>")[0]
+        assert row["answer"] == read_answer(spoken).answer
     shown = project.stages("check", **offline).stdout
-    assert "<｜User｜>" in shown and "<｜Assistant｜><think>" in shown
+    assert "<｜User｜>" in shown
+    assert "<｜Assistant｜><think>" in shown
 
 
-class Touch:
-    """What a malicious checkpoint holds: unpickling it would run a command."""
+class Trap:
+    """What a malicious checkpoint holds: unpickling it runs code, here code that makes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
 
 
 def test_code_in_a_pickle_is_refused(small_project: Project, tmp_path: Path) -> None:
@@ -419,7 +482,7 @@ def test_code_in_a_pickle_is_refused(small_project: Project, tmp_path: Path) -> 
     styles = load_profile(project, "abel-7b")["prompt"]["styles"]
     abel_files(folder, styles)
     shard = folder / "pytorch_model-00002-of-00003.bin"
-    torch.save({**torch.load(shard), "trap": Touch(trap)}, shard)
+    torch.save({**torch.load(shard), "trap": Trap(trap)}, shard)
     project.update("params.yaml", {"profile": "abel-7b"})
     project.update(
         "profiles/abel-7b.yaml", {"model": {"source": "directory", "path": str(folder), "dtype": "bfloat16"}}
@@ -427,10 +490,33 @@ def test_code_in_a_pickle_is_refused(small_project: Project, tmp_path: Path) -> 
     done = project.stages("base", check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"error: {folder}: ")
-    assert "code" in lines[0] or "pickle" in lines[0]
-    assert not trap.exists() and not (project.root / "checkpoints/base").exists()
-    with shard.open("rb"):  # the trap is real: a loader that trusts the file springs it
-        torch.load(shard, weights_only=False)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {folder}: a pickle of weights holds code (")
+    assert "exec" in line
+    assert not trap.exists()
+    assert not (project.root / "checkpoints/base").exists()
+    torch.load(shard, weights_only=False)  # the trap is real: a loader that trusts the file springs it
     assert trap.exists()
+
+
+def test_incomplete_weights_are_refused(small_project: Project, tmp_path: Path) -> None:
+    """A checkpoint that lacks tensors is not filled up with random ones."""
+    project = fresh_copy(small_project, tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    r1_files(folder, load_profile(project, "r1-distill-8b")["prompt"]["styles"])
+    index = folder / "model.safetensors.index.json"
+    weights = json.loads(index.read_text(encoding="utf-8"))
+    lacking = folder / weights["weight_map"].pop("model.layers.1.mlp.up_proj.weight")
+    with safe_open(lacking, "pt") as tensors:
+        kept = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    del kept["model.layers.1.mlp.up_proj.weight"]
+    save_file(kept, lacking, metadata={"format": "pt"})
+    write(index, weights)
+    project.update("params.yaml", {"profile": "r1-distill-8b"})
+    source = {"source": "directory", "path": str(folder), "dtype": "bfloat16"}
+    project.update("profiles/r1-distill-8b.yaml", {"model": source})
+    done = project.stages("base", check=False)
+    assert done.returncode == 1
+    assert "lack 1 of the model's tensors (model.layers.1.mlp.up_proj.weight" in done.stderr
+    assert not (project.root / "checkpoints/base").exists()

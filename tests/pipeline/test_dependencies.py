@@ -17,7 +17,18 @@ from ruamel.yaml import YAML
 from stages.core import code
 
 REPO = Path(__file__).resolve().parents[2]
-STAGES = ["prepare", "base", "sft", "rollout", "coherence", "preference", "dpo", "evaluate", "headline", "report"]
+STAGES = [
+    "prepare",
+    "base",
+    "sft",
+    "rollout",
+    "coherence",
+    "preference",
+    "dpo",
+    "evaluate",
+    "headline",
+    "report",
+]
 MODULES = sorted(path.relative_to(REPO) for path in (REPO / "stages").rglob("*.py"))
 STAGE_MODULES = {f"stages.{name}" for name in STAGES}
 
@@ -30,6 +41,15 @@ def declared(name: str) -> dict[str, Any]:
     return stage.get("do", stage)
 
 
+def declared_sections(name: str) -> set[str]:
+    """The sections of the parameters that dvc.yaml gives to a stage."""
+    sections = set()
+    for entry in declared(name).get("params", []):
+        keys = [entry] if isinstance(entry, str) else [key for values in entry.values() for key in values]
+        sections |= {key.split(".")[0] for key in keys}
+    return sections
+
+
 def imports(path: Path) -> set[str]:
     """All modules that a file imports, anywhere in it."""
     found = set()
@@ -40,7 +60,9 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
             inside = {f"{module}.{alias.name}" for alias in node.names}
-            modules = {name for name in inside if (REPO / name.replace(".", "/")).with_suffix(".py").is_file()}
+            modules = {
+                name for name in inside if (REPO / name.replace(".", "/")).with_suffix(".py").is_file()
+            }
             found |= modules or {module}
     return found
 
@@ -62,7 +84,9 @@ def test_a_stage_says_what_it_does(name: str) -> None:
 def test_a_stage_depends_on_all_code_it_imports(name: str) -> None:
     deps = [Path(dep) for dep in declared(name)["deps"]]
     used = project_files(REPO / "stages" / f"{name}.py")
-    missing = [path.as_posix() for path in used if not any(dep == path or dep in path.parents for dep in deps)]
+    missing = [
+        path.as_posix() for path in used if not any(dep == path or dep in path.parents for dep in deps)
+    ]
     assert not missing, f"{name}: dvc.yaml does not name {missing}, so a change there would rerun nothing"
 
 
@@ -82,10 +106,7 @@ def test_a_stage_depends_on_no_other_code(name: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stages_params_are_the_sections_it_reads(name: str) -> None:
     """A value that is read and not declared would not rerun the stage; `hardware` may never be declared."""
-    in_dvc = set()
-    for entry in declared(name).get("params", []):
-        keys = [entry] if isinstance(entry, str) else [key for values in entry.values() for key in values]
-        in_dvc |= {key.split(".")[0] for key in keys}
+    in_dvc = declared_sections(name)
     calls = [
         node
         for node in ast.walk(ast.parse((REPO / "stages" / f"{name}.py").read_text(encoding="utf-8")))
@@ -103,9 +124,7 @@ def test_a_stages_params_are_the_sections_it_reads(name: str) -> None:
 def test_sections_read_past_stage_run_are_declared_too(name: str) -> None:
     """`load_params().x` in a stage skips the check of declared sections, so x must be one of them."""
     source = (REPO / "stages" / f"{name}.py").read_text(encoding="utf-8")
-    entries = declared(name).get("params", [])
-    keys = [key for e in entries for key in ([e] if isinstance(e, str) else sum(e.values(), []))]
-    assert set(re.findall(r"load_params\(\)\.(\w+)", source)) <= {key.split(".")[0] for key in keys}
+    assert set(re.findall(r"load_params\(\)\.(\w+)", source)) <= declared_sections(name)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -152,19 +171,25 @@ def test_only_prepare_and_base_may_use_the_network() -> None:
 
 
 def test_remote_code_is_never_run() -> None:
-    """`trust_remote_code` is not set anywhere, nor is a pickle read in any other way than by weights alone."""
+    """`trust_remote_code` is set nowhere, and a pickle is read in no other way than by weights alone."""
     for path in MODULES:
         for node in ast.walk(ast.parse((REPO / path).read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword):
                 assert node.arg != "trust_remote_code", path
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
-                assert any(word.arg == "weights_only" for word in node.keywords), f"{path}: {ast.unparse(node)}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.load",
+                "pickle.load",
+                "pickle.loads",
+            ):
+                assert any(word.arg == "weights_only" for word in node.keywords), (
+                    f"{path}: {ast.unparse(node)}"
+                )
 
 
 @pytest.mark.parametrize("path", sorted(REPO.glob("requirements*.txt")), ids=lambda path: path.name)
 def test_every_requirement_is_pinned(path: Path) -> None:
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    wanted = [line for line in lines if line and not line.startswith("-r ")]
+    wanted = [line for line in lines if line and not line.startswith("-c ")]
     assert wanted
     for line in wanted:
         assert re.fullmatch(r"[\w.-]+(\[[\w,-]+\])?==[\w.]+( *; *.+)?", line), f"{path.name}: {line}"

@@ -57,11 +57,14 @@ def followers(shared: Project) -> Callable[[str], set[str]]:
 
 
 def change(project: Project, file: str, key: str, by: Callable[[Any], Any]) -> None:
+    """Change one value; `*` in the key stands for the first name there is."""
     value = YAML(typ="safe").load((project.root / file).read_text(encoding="utf-8"))
+    names = []
     for part in key.split("."):
-        value = value[part]
+        names.append(next(iter(value)) if part == "*" else part)
+        value = value[names[-1]]
     assert by(value) != value
-    project.update(file, {key: by(value)})
+    project.update(file, {".".join(names): by(value)})
 
 
 TINY = "profiles/tiny.yaml"
@@ -72,9 +75,15 @@ TINY = "profiles/tiny.yaml"
     [
         ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, "coherence", AFTER_COHERENCE),
         ("params.yaml", "regime_w.reward.kappa", lambda x: x / 2, "coherence", AFTER_COHERENCE),
-        (TINY, "rollout.arms.t100.temperature", lambda x: x + 0.1, "rollout", AFTER_ROLLOUT),
-        (TINY, "rollout.arms.direct.style", lambda _: "plain", "rollout", AFTER_ROLLOUT),
-        ("params.yaml", "preference.correctness.per_question", lambda x: x + 1, "preference", AFTER_PREFERENCE),
+        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, "rollout", AFTER_ROLLOUT),
+        (TINY, "rollout.arms.*.top_p", lambda x: x - 0.3, "rollout", AFTER_ROLLOUT),
+        (
+            "params.yaml",
+            "preference.correctness.per_question",
+            lambda x: x + 1,
+            "preference",
+            AFTER_PREFERENCE,
+        ),
         ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, "preference", AFTER_PREFERENCE),
         (TINY, "dpo.beta", lambda x: x * 2, "dpo", AFTER_DPO),
         (TINY, "dpo.learning_rate", lambda x: x / 2, "dpo", AFTER_DPO),
@@ -98,7 +107,9 @@ def test_a_parameter_reruns_its_stage_and_what_follows(
 @pytest.mark.parametrize("file", ["params.yaml", TINY])
 def test_a_comment_reruns_nothing(project: Project, file: str) -> None:
     path = project.root / file
-    path.write_text("# A remark.\n" + path.read_text(encoding="utf-8") + "\n# And another.\n", encoding="utf-8")
+    path.write_text(
+        "# A remark.\n" + path.read_text(encoding="utf-8") + "\n# And another.\n", encoding="utf-8"
+    )
     assert project.status() == {}
 
 
@@ -126,7 +137,12 @@ def test_all_hardware_values_were_tried(project: Project) -> None:
 
 def test_log_level_and_devices_rerun_nothing(project: Project) -> None:
     """They come from the environment, which is part of no stage."""
-    loud = {"TRANSFORMERS_VERBOSITY": "debug", "CUDA_VISIBLE_DEVICES": "0,1", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "7"}
+    loud = {
+        "TRANSFORMERS_VERBOSITY": "debug",
+        "CUDA_VISIBLE_DEVICES": "0,1",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "7",
+    }
     assert project.status(**loud) == {}
 
 
@@ -163,7 +179,7 @@ def test_a_second_repro_runs_nothing(project: Project) -> None:
 
 
 def test_a_private_scorer_outside_the_tree_reruns_coherence(copy_run: Callable[[], Project]) -> None:
-    """The scorer may lie anywhere; its content is compared, as that of any other input."""
+    """The scorer may lie anywhere; its content is compared, as any input's, and no absolute path is noted."""
     project = copy_run()
     private = project.root.parent / "private" / "scorer.py"
     private.parent.mkdir()
@@ -175,12 +191,24 @@ def test_a_private_scorer_outside_the_tree_reruns_coherence(copy_run: Callable[[
     private.write_text(shipped + "\n# changed\n", encoding="utf-8")
     status = project.status()
     assert set(status) == {"coherence"}
-    assert status["coherence"] == [{"changed deps": {"../private/scorer.py": "modified"}}]
+    (changed,) = status["coherence"]
+    assert [Path(name).name for name in changed["changed deps"]] == ["scorer.py"]
+    lock = (project.root / "dvc.lock").read_text(encoding="utf-8")
+    assert "- path: ../private/scorer.py" in lock
+    assert str(project.root.parent) not in lock
 
 
-def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(copy_run: Callable[[], Project]) -> None:
+def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(
+    copy_run: Callable[[], Project],
+) -> None:
     project = copy_run()
-    early = ["data/gsm8k", "data/rollouts.jsonl", "checkpoints/base", "checkpoints/sft_lora", "data/platinum_eval/sft.jsonl"]
+    early = [
+        "data/gsm8k",
+        "data/rollouts.jsonl",
+        "checkpoints/base",
+        "checkpoints/sft_lora",
+        "data/platinum_eval/sft.jsonl",
+    ]
     times = {name: (project.root / name).stat().st_mtime_ns for name in early}
     scored = (project.root / "data/regime_w_rollouts.jsonl").read_bytes()
     project.update("params.yaml", {"regime_w.weights": {"s_end": 0.1, "s_path": 0.1, "s_cf": 0.8}})

@@ -45,7 +45,9 @@ def calculate(expression: str) -> int:
     first, *rest = re.findall(r"\d+|[-+*/]", expression)
     value = int(first)
     for operator, number in zip(rest[::2], map(int, rest[1::2]), strict=True):
-        value = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[operator]
+        value = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[
+            operator
+        ]
     return value
 
 
@@ -62,7 +64,7 @@ def test_golds_are_right(split: Split) -> None:
     """Every question, solved a second time from its words, gives its gold; every step adds up."""
     for problem in take(split, 800):
         for style in ("plain", "direct"):
-            solution = problem.solution(style)  # type: ignore[arg-type]
+            solution = problem.solution(style)
             assert solution.splitlines()[-1] == f"#### {solve(problem.question)}", problem.question
             assert steps(solution)[-1][1] == solve(problem.question)
             for expression, value in steps(solution):
@@ -72,7 +74,10 @@ def test_golds_are_right(split: Split) -> None:
 def test_splits_share_nothing_whatever_the_seeds() -> None:
     """Also when every split is drawn by another seed: the key decides, not the order of drawing."""
     for seeds in ((1, 1, 1, 1), (1, 2, 3, 4), (17, 99, 17, 5)):
-        keys = [{problem.key for problem in take(split, 1500, seed)} for split, seed in zip(SPLITS, seeds, strict=True)]
+        keys = [
+            {problem.key for problem in take(split, 1500, seed)}
+            for split, seed in zip(SPLITS, seeds, strict=True)
+        ]
         assert sum(map(len, keys)) == len(set().union(*keys)) == 4 * 1500
 
 
@@ -106,7 +111,7 @@ def test_mistakes_are_in_the_operation_never_in_the_sum() -> None:
     rng = random.Random(0)
     for problem in take("corpus", 1500):
         for style in ("plain", "direct"):
-            text = mistaken(problem, style, rng, 0.7, 0.3)  # type: ignore[arg-type]
+            text = mistaken(problem, style, rng, 0.7, 0.3)
             assert all(calculate(expression) == value >= 0 for expression, value in steps(text)), text
             assert text.splitlines()[-1] == f"#### {steps(text)[-1][1]}"
 
@@ -134,7 +139,9 @@ def test_systematic_mistakes_are_as_frequent_as_asked_for() -> None:
     ]  # fmt: skip
     assert len(one) > 200
     for share in (0.25, 0.65, 1.0):
-        wrong = sum(mistaken(problem, "plain", rng, share, 0.0) != problem.answer for problem in one) / len(one)
+        wrong = sum(mistaken(problem, "plain", rng, share, 0.0) != problem.answer for problem in one) / len(
+            one
+        )
         spread = (share * (1 - share) / len(one)) ** 0.5
         assert abs(wrong - share) <= 4 * spread
 

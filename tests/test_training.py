@@ -1,0 +1,451 @@
+"""Training done right, on a small random Mistral: what is learned from, what is trained, where DPO starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, SFTConfig, SFTTrainer
+
+from stages import dpo, sft
+from stages.core.errors import UserError
+from stages.core.params import Dpo, Hardware, Lora, Prompt, Sft
+from stages.core.paths import BASE
+from stages.core.policy import (
+    adapter_config,
+    adapter_weights,
+    load_base,
+    load_policy,
+    read_adapter,
+    save_adapter,
+)
+from stages.core.prompts import completion_ids, prompt_ids
+from stages.core.training import COMPLETE, assert_trainable, newest_checkpoint, total_steps, trainer_arguments
+
+PROMPT = Prompt(
+    chat=False,
+    default="plain",
+    styles={"plain": "Question: {question}\nAnswer:\n", "short": "{question}\nShort answer:\n"},
+    completion="{solution}",
+)
+SFT = Sft(
+    examples=None, styles=["plain", "short"], epochs=1, batch=4, learning_rate=1e-2, warmup_ratio=0.0,
+    max_tokens=80, checkpoint_steps=100, lora=Lora(r=4, alpha=8, dropout=0.05),
+)  # fmt: skip
+DPO = Dpo(
+    beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0], epochs=1, batch=4, learning_rate=1e-2,
+    warmup_ratio=0.0, max_tokens=80, checkpoint_steps=100, select_steps=100, select_questions=1,
+    select_samples=0, select_max_new_tokens=8,
+)  # fmt: skip
+HARDWARE = Hardware(
+    threads=1, engine="auto", generation_batch=8, per_device_batch=2, gradient_checkpointing=False
+)
+PROBLEMS = [
+    {"question": f"Ann has {a} pens and gets {b}. How many?", "answer": f"{a}+{b}={a + b}.\n#### {a + b}"}
+    for a, b in [(1, 3), (2, 2), (3, 1), (1, 4), (2, 3), (3, 2), (4, 1), (5, 5)]
+]
+TOO_LONG = {"question": "Why? " * 100, "answer": "#### 1"}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+TEXTS = [f"{row['question']} {row['answer']} Question: Answer: Short answer:" for row in PROBLEMS]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """As the embedded model's, but merging freely, also over the end of a line."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **SPECIAL)
+
+
+def llama() -> PreTrainedTokenizerFast:
+    """As Llama 2's and Abel's: `▁` for spaces, one of them put before every text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>", "<pad>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([word for text in TEXTS for word in [*text.split(), "\n"]], trainer)
+    decoder = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(decoder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base model and its tokenizer, saved as the base stage does."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = byte_level()
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, sliding_window=None,
+        initializer_range=0.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A folder with training problems and pairs, and a run with typed parameters in it."""
+    monkeypatch.chdir(tmp_path)
+    BASE.parent.mkdir()
+    BASE.symlink_to(base_folder)  # where PEFT looks for the base model's config
+    for path, rows in {
+        sft.TRAIN: [*PROBLEMS, TOO_LONG],
+        dpo.PAIRS: [
+            {"prompt": row["question"], "chosen": row["answer"], "rejected": "#### 7", "rejected_finish": end}
+            for row, end in zip(PROBLEMS, ["stop", "length"] * 4, strict=True)
+        ],
+    }.items():  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return SimpleNamespace(
+        params=SimpleNamespace(sft=SFT, dpo=DPO, prompt=PROMPT, seed=3), work=tmp_path / "work"
+    )
+
+
+def fresh_adapter(base_folder: Path) -> tuple[Any, Any]:
+    """A base model with a new LoRA adapter, and its tokenizer."""
+    model, tokenizer = load_base(base_folder)
+    spec = SFT.lora
+    lora = LoraConfig(
+        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return get_peft_model(model, lora), tokenizer
+
+
+def train_sft(project: SimpleNamespace, base_folder: Path) -> Any:
+    """The model after one epoch of SFT, with its adapter."""
+    model, tokenizer = fresh_adapter(base_folder)
+    rows, _ = sft.build_rows(project, tokenizer)
+    arguments = trainer_arguments(SFT, HARDWARE, 3, project.work, model) | {"save_strategy": "no"}
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    return model
+
+
+@pytest.fixture
+def sft_adapter(project: SimpleNamespace, base_folder: Path, tmp_path: Path) -> Path:
+    """An adapter that changes the model, saved as the SFT stage does."""
+    model, _ = fresh_adapter(base_folder)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(adapter_weights(model), adapter_config(model), folder)
+    return folder
+
+
+def dpo_trainer(
+    project: SimpleNamespace, base_folder: Path, adapter: Path
+) -> tuple[Any, list[dict[str, list[int]]]]:
+    """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
+    model, tokenizer = load_policy(adapter, base_folder, trainable=True)
+    rows, _ = dpo.build_rows(project, tokenizer)
+    arguments = trainer_arguments(DPO, HARDWARE, 3, project.work, model) | {"save_strategy": "no"}
+    trainer = dpo.PairTrainer(
+        model=model,
+        args=DPOConfig(**arguments, beta=DPO.beta, loss_type=["sigmoid"], loss_weights=[1.0]),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    return trainer, rows
+
+
+@pytest.fixture
+def complaints() -> Iterator[list[str]]:
+    """What the training libraries warn of, by logging or by `warnings`."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("trl", "transformers", "peft", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+        found += [str(one.message) for one in caught]
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+# ---- What is learned from ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [byte_level, llama])
+def test_prompt_and_completion_meet_between_two_tokens(make: Any, project: SimpleNamespace) -> None:
+    """A training row is the very prompt that generation gives, then the solution, then the end token."""
+    tokenizer = make()
+    rows, too_long = sft.build_rows(project, tokenizer)
+    assert (len(rows), too_long) == (len(PROBLEMS), 1)
+    styles = set()
+    for row, problem in zip(rows, PROBLEMS, strict=True):
+        border = row["labels"].count(-100)
+        style = next(
+            s
+            for s in SFT.styles
+            if row["input_ids"][:border] == prompt_ids(tokenizer, PROMPT, problem["question"], s)
+        )
+        styles.add(style)
+        assert tokenizer.decode(row["input_ids"][border:-1]) == problem["answer"]
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
+    assert styles == set(SFT.styles)
+
+
+@pytest.mark.parametrize("make", [byte_level, llama])
+def test_loss_is_on_the_completion_and_its_end_alone(make: Any, project: SimpleNamespace) -> None:
+    """No label on the prompt; every token of the completion is one, the end token included."""
+    tokenizer = make()
+    for row in sft.build_rows(project, tokenizer)[0]:
+        border = row["labels"].count(-100)
+        assert border > 5
+        assert row["labels"] == [-100] * border + row["input_ids"][border:]
+        assert row["labels"].count(tokenizer.eos_token_id) == 1
+
+
+def test_a_completion_starts_without_a_space() -> None:
+    """Llama's tokenizers put one before every text; after the prompt's line break it would be learned."""
+    tokenizer = llama()
+    ids = completion_ids(tokenizer, "Ann has 4", ended=False)
+    assert not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")
+    prompt = prompt_ids(tokenizer, PROMPT, "How many?")
+    together = tokenizer("Question: How many?\nAnswer:\nAnn has 4", add_special_tokens=False)["input_ids"]
+    assert [*prompt, *ids] == [tokenizer.bos_token_id, *together]
+
+
+def test_what_the_template_wrote_is_in_the_text_and_not_in_the_tokens() -> None:
+    """R1's template opens the thought: the record shows it, the completion's tokens do not repeat it."""
+    tokenizer = byte_level()
+    thought = "4.\n</think>\n\n#### 4"
+    ids = completion_ids(tokenizer, "<think>\n" + thought, opening="<think>\n")
+    assert ids == completion_ids(tokenizer, thought)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == thought
+    prompt = Prompt(
+        chat=True, opening="<think>\n", default="plain", styles={"plain": "{question}"},
+        completion="<think>\n{steps}\n</think>\n\n{solution}",
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{{ bos_token }}User: {{ messages[0]['content'] }} Assistant: {{ '<think>\\n' }}"
+    )
+    filled = prompt_ids(tokenizer, prompt, "How many?")
+    assert tokenizer.decode(filled) == "<s>User: How many? Assistant: <think>\n"
+    tokenizer.chat_template = "{{ bos_token }}User: {{ messages[0]['content'] }} Assistant: "
+    with pytest.raises(UserError, match=r"prompt\.opening: the chat template does not end in '<think>"):
+        prompt_ids(tokenizer, prompt, "How many?")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"chat": False}, "opening: .* needs chat: true"),
+        ({"completion": "{solution}"}, "must begin with opening"),
+    ],
+)
+def test_an_opening_that_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
+    """Without a chat template nothing is opened; and what SFT teaches must go on from there."""
+    good = {
+        "chat": True, "opening": "<think>\n", "default": "plain", "styles": {"plain": "{question}"},
+        "completion": "<think>\n{solution}",
+    }  # fmt: skip
+    Prompt.model_validate(good)
+    with pytest.raises(ValidationError, match=said):
+        Prompt.model_validate(good | change)
+
+
+def test_a_rejected_text_that_was_cut_off_has_no_end(project: SimpleNamespace) -> None:
+    """The policy wrote no end token there, so DPO must not push one down."""
+    tokenizer = byte_level()
+    rows, too_long = dpo.build_rows(project, tokenizer)
+    assert (len(rows), too_long) == (8, 0)
+    assert all(row["chosen_ids"][-1] == tokenizer.eos_token_id for row in rows)
+    ended = [row["rejected_ids"][-1] == tokenizer.eos_token_id for row in rows]
+    assert ended == [True, False] * 4
+
+
+def test_training_warns_of_no_mismatch(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, complaints: list[str]
+) -> None:
+    """Neither trainer finds a prompt that is not the start of its row, nor cuts a row."""
+    model = train_sft(project, base_folder)
+    trainer, _ = dpo_trainer(project, base_folder, sft_adapter)
+    trainer.train()
+    assert any(weight.abs().sum() > 0 for name, weight in adapter_weights(model).items() if "lora_B" in name)
+    logging.getLogger("trl.trainer").warning("heard")
+    assert "heard" in complaints
+    assert not [text for text in complaints if "mismatch" in text.lower() or "truncat" in text.lower()]
+
+
+# ---- What is trained -----------------------------------------------------------------------------------
+
+
+def test_the_adapter_alone_is_trainable(base_folder: Path) -> None:
+    """All of the adapter, on all seven linear layers of each block, and nothing else."""
+    model, _ = fresh_adapter(base_folder)
+    hidden, key_value, ffn, r = 32, 16, 64, SFT.lora.r
+    shapes = [(hidden, hidden)] * 2 + [(hidden, key_value)] * 2 + [(hidden, ffn)] * 3
+    assert assert_trainable(model) == 2 * sum(r * (a + b) for a, b in shapes)
+
+
+def test_a_frozen_adapter_is_found(base_folder: Path, sft_adapter: Path) -> None:
+    """An adapter loaded for inference would train nothing, in silence."""
+    model, _ = load_policy(sft_adapter, base_folder, trainable=False)
+    with pytest.raises(RuntimeError, match="found nothing"):
+        assert_trainable(model)
+
+
+def test_an_unfrozen_base_is_found(base_folder: Path) -> None:
+    """One weight of the base model is enough."""
+    model, _ = fresh_adapter(base_folder)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="embed_tokens"):
+        assert_trainable(model)
+
+
+def test_the_global_batch_does_not_depend_on_processes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches and accumulation follow from the number of processes; what does not divide is refused."""
+    model, _ = load_base(base_folder)
+    for processes in (1, 2):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        made = trainer_arguments(SFT, HARDWARE, 3, tmp_path, model)
+        micro, accumulation = made["per_device_train_batch_size"], made["gradient_accumulation_steps"]
+        assert micro * accumulation * processes == SFT.batch
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="batch of 4 does not divide over 3 processes"):
+        trainer_arguments(SFT, HARDWARE, 3, tmp_path, model)
+    assert total_steps(9, SFT) == 3
+
+
+# ---- What DPO starts at --------------------------------------------------------------------------------
+
+
+def test_dpo_starts_at_its_reference_which_does_not_move(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path
+) -> None:
+    """Policy and reference are the SFT adapter at step 0 (loss log 2); only the policy moves."""
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter)
+    assert assert_trainable(trainer.model) == sum(w.numel() for w in read_adapter(sft_adapter).values())
+    dpo.assert_reference(trainer.model, sft_adapter)
+    dpo.assert_same_start(trainer, rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    dpo.assert_reference(trainer.model, sft_adapter)
+    saved, now = read_adapter(sft_adapter), adapter_weights(trainer.model)
+    assert saved.keys() == now.keys()
+    assert all(not torch.equal(saved[name], now[name]) for name in saved)
+    with pytest.raises(RuntimeError, match="must start at its reference"):
+        dpo.assert_same_start(trainer, rows)
+
+
+def test_a_reference_that_moved_is_found(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path
+) -> None:
+    """One number of one tensor, by a thousandth."""
+    trainer, _ = dpo_trainer(project, base_folder, sft_adapter)
+    name, weight = next((n, w) for n, w in trainer.model.named_parameters() if ".ref." in n and "lora_B" in n)
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    with pytest.raises(RuntimeError, match=r"reference is not the SFT adapter") as found:
+        dpo.assert_reference(trainer.model, sft_adapter)
+    assert name.split(".ref.")[0] in str(found.value)
+
+
+def test_a_policy_that_starts_elsewhere_is_found(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path
+) -> None:
+    """As when the adapter is loaded anew, or the raw base is taken for the reference."""
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter)
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if ".ref." in name and "lora_B" in name:
+                weight.zero_()  # the raw base
+    with pytest.raises(RuntimeError, match="must start at its reference"):
+        dpo.assert_same_start(trainer, rows)
+
+
+# ---- What is kept --------------------------------------------------------------------------------------
+
+
+def test_a_saved_adapter_gives_trainings_logits(
+    project: SimpleNamespace, base_folder: Path, tmp_path: Path
+) -> None:
+    """Applied unmerged at inference, to 1e-5; and it does change the base model."""
+    model = train_sft(project, base_folder).eval()
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    save_adapter(adapter_weights(model), adapter_config(model), folder)
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    loaded, tokenizer = load_policy(folder, base_folder)
+    plain, _ = load_policy(None, base_folder)
+    layers = [layer for layer in loaded.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 14
+    assert not any(layer.merged for layer in layers)
+    assert not loaded.training
+    ids = torch.tensor([prompt_ids(tokenizer, PROMPT, PROBLEMS[0]["question"])])
+    with torch.no_grad():
+        trained, reloaded, without = (one(input_ids=ids).logits for one in (model, loaded, plain))
+    assert torch.allclose(trained, reloaded, atol=1e-5, rtol=0)
+    assert (trained - without).abs().max() > 0.1
+
+
+def test_adapter_config_is_the_same_everywhere(base_folder: Path, sft_adapter: Path, tmp_path: Path) -> None:
+    """PEFT keeps its modules in a set, whose order changes from run to run; and it notes the base's path."""
+    model, _ = fresh_adapter(base_folder)
+    config = adapter_config(model)
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "checkpoints/base"
+    assert str(base_folder) not in json.dumps(config)
+    loaded, _ = load_policy(sft_adapter, base_folder, trainable=True)
+    assert adapter_config(loaded) == config == json.loads((sft_adapter / "adapter_config.json").read_text())
+    again = tmp_path / "again"
+    again.mkdir()
+    save_adapter(adapter_weights(loaded), adapter_config(loaded), again)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / file).read_bytes() == (sft_adapter / file).read_bytes()
+
+
+def test_resuming_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint that a crash left half written is removed, not resumed from; steps compare as numbers."""
+    assert newest_checkpoint(tmp_path) is None
+    for step, complete in ((9, True), (10, True), (11, False)):
+        folder = tmp_path / "trainer" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.bin").write_bytes(b"half")
+        if complete:
+            (folder / COMPLETE).touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "trainer" / "checkpoint-10"
+    assert sorted(folder.name for folder in (tmp_path / "trainer").iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-9",
+    ]
