@@ -20,7 +20,6 @@ SILENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait stall everybody on a busy machine
 }
 # One instruction set on every x86-64 processor, so that sums are rounded alike (about 5 % slower than AVX-512).
 SAME_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
