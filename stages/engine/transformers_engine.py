@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from stages.engine.base import Completion, Request
+
+LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
 
 
 class TransformersEngine:
@@ -62,7 +64,8 @@ class TransformersEngine:
         tokens: list[list[int]] = [[] for _ in batch]
         logprobs = np.zeros(len(batch))
         rows = torch.arange(len(batch), device=device)  # the batch rows still going
-        cache = DynamicCache()
+        asleep = torch.zeros(len(batch), dtype=torch.bool, device=device)  # finished, not yet taken out
+        cache = Cache(layer_class_to_replicate=_RoomyLayer)
         for step in range(int(limits.max())):
             output = self.model(
                 input_ids=step_ids,
@@ -79,24 +82,37 @@ class TransformersEngine:
             chosen = draws.choose(logits, rows, step)
             chosen_logprob = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
             ended = torch.isin(chosen, self.end_ids)
-            leaving = ended | (limits[rows] == step + 1)
-            going = rows.tolist()
-            for row, token, logprob, stop in zip(
-                going, chosen.tolist(), chosen_logprob.tolist(), ended.tolist(), strict=True
-            ):
+            finished = (ended | (limits[rows] == step + 1)) & ~asleep
+            going = zip(
+                rows.tolist(),
+                chosen.tolist(),
+                chosen_logprob.tolist(),
+                ended.tolist(),
+                finished.tolist(),
+                asleep.tolist(),
+                strict=True,
+            )
+            for row, token, logprob, stop, last, slept in going:
+                if slept:
+                    continue
                 logprobs[row] += logprob
                 if not stop:
                     tokens[row].append(token)
-            if leaving.any():
-                for row, stop, leaves in zip(going, ended.tolist(), leaving.tolist(), strict=True):
-                    if leaves:
-                        finish = "stop" if stop else "length"
-                        yield Completion(batch[row].id, tuple(tokens[row]), finish, float(logprobs[row]))  # type: ignore[arg-type]
-                stay = (~leaving).nonzero()[:, 0]
-                if not len(stay):
-                    return
+                if last:
+                    yield Completion(
+                        batch[row].id, tuple(tokens[row]), "stop" if stop else "length", float(logprobs[row])
+                    )
+            asleep |= finished
+            gone = int(asleep.sum())
+            if gone == len(rows):
+                return
+            if gone * LEAVE_SHARE >= len(
+                rows
+            ):  # taking rows out copies the cache, so not for every single one
+                stay = (~asleep).nonzero()[:, 0]
                 cache.batch_select_indices(stay)
                 rows, chosen, mask, positions = rows[stay], chosen[stay], mask[stay], positions[stay]
+                asleep = asleep[stay]
             step_ids = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
             positions = positions[:, -1:] + 1
@@ -109,6 +125,7 @@ class _Draws:
         self.temperature = torch.tensor([request.temperature for request in batch], device=device)
         self.top_p = torch.tensor([request.top_p for request in batch], device=device)
         self.sampled = bool((self.temperature > 0).any())
+        self.nucleus = bool((self.top_p < 1).any())
         if self.sampled:
             limit = max(request.max_new_tokens for request in batch)
             streams = [
@@ -123,12 +140,52 @@ class _Draws:
         if not self.sampled:
             return greedy
         temperature = self.temperature[rows]
-        scaled = logits / temperature.clamp(min=1e-6)[:, None]
-        ranked, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        cumulative = ranked.cumsum(-1)
-        # The nucleus: tokens before the cumulative probability passes top_p, the one passing it included.
-        kept = torch.where(cumulative - ranked < self.top_p[rows][:, None], ranked, 0.0).cumsum(-1)
-        target = self.uniform[rows, step][:, None] * kept[:, -1:]
-        place = (kept <= target).sum(-1, keepdim=True).clamp(max=kept.shape[-1] - 1)
-        drawn = order.gather(1, place)[:, 0]
+        probabilities = (logits / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
+        if self.nucleus:
+            probabilities = _nucleus(probabilities, self.top_p[rows])
+        cumulative = probabilities.cumsum(-1)
+        target = self.uniform[rows, step][:, None] * cumulative[:, -1:]
+        drawn = (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
         return torch.where(temperature > 0, drawn, greedy)
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Zero what lies outside the smallest set of tokens that holds `top_p` (Holtzman et al. 2020), row by row."""
+    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ranked.cumsum(-1) - ranked
+    kept = torch.where((before < top_p[:, None]) | (top_p[:, None] >= 1), ranked, 0.0)
+    return torch.zeros_like(probabilities).scatter(1, order, kept)
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with spare room: a new token is written in place, not by copying all that came before."""
+
+    room = 64
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add states (rows, heads, new tokens, head size); returns all there are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.key_store, self.value_store = key_states[..., :0, :], value_states[..., :0, :]
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if after > self.key_store.shape[-2]:
+            shape = (*key_states.shape[:-2], after + self.room, key_states.shape[-1])
+            old_keys, old_values = self.key_store, self.value_store
+            self.key_store, self.value_store = key_states.new_zeros(shape), value_states.new_zeros(shape)
+            self.key_store[..., :before, :] = old_keys[..., :before, :]
+            self.value_store[..., :before, :] = old_values[..., :before, :]
+        self.key_store[..., before:after, :] = key_states
+        self.value_store[..., before:after, :] = value_states
+        return self._show(after)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order (a row may be named more than once)."""
+        self.key_store, self.value_store = self.key_store[indices], self.value_store[indices]
+        self._show(self.get_seq_length())
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = self.key_store[..., :length, :], self.value_store[..., :length, :]
+        return self.keys, self.values

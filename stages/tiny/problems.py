@@ -150,7 +150,7 @@ def draw(rng: random.Random) -> Problem:
         )
         count = start[0] * (start[1] if len(start) == 2 else 1)
         events: list[tuple[Verb, int]] = []
-        for verb in rng.sample(VERBS, rng.choice((1, 2, 2, 3))):
+        for verb in rng.sample(VERBS, rng.choice((1, 2, 2))):
             n = rng.randint(2, 9)
             if verb.sign < 0 and n >= count:
                 break
