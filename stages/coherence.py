@@ -446,8 +446,8 @@ def overall_auc(ranks: Mapping[float, Sequence[int]]) -> float | None:
 
 
 def write_tables(folder: Path, tally: Tally) -> None:
-    """The plots' data: arms.csv, and coherence.csv (accuracy in ten bins of s_wm)."""
-    columns = ("arm", "pulls", "mean_reward", "low", "high", "best_share", "regret")
+    """The plots' data: arms.csv, and coherence.csv (accuracy in ten bins of s_wm, named by their middle)."""
+    columns = ("arm", "mean_reward", "low", "high", "pulls", "best_share", "regret")
     with atomic_write(folder / "arms.csv") as file:
         file.write(",".join(columns) + "\n")
         for row in tally.arms.rows():
@@ -455,4 +455,4 @@ def write_tables(folder: Path, tally: Tally) -> None:
     with atomic_write(folder / "coherence.csv") as file:
         file.write("s_wm,trajectories,accuracy\n")
         for index, (size, right) in enumerate(tally.bins):
-            file.write(f"{index / 10}-{(index + 1) / 10},{size},{right / size if size else ''}\n")
+            file.write(f"{(2 * index + 1) / 20},{size},{right / size if size else ''}\n")

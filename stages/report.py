@@ -410,7 +410,7 @@ def _disagreements(manifests: list[dict[str, Any]]) -> list[str]:
 
 def _differences(key: str, used: Any, locked: Any) -> Iterator[str]:
     if isinstance(used, Mapping) and isinstance(locked, Mapping):
-        for name in [*used, *(name for name in locked if name not in used)]:
+        for name in locked:  # a key that only the manifest holds is a default nobody wrote down
             yield from _differences(f"{key}.{name}", used.get(name), locked.get(name))
     elif used != locked and not (used in (None, {}, []) and locked in (None, {}, [])):
         yield f"{key} was {json.dumps(used)} when it ran, dvc.lock says {json.dumps(locked)}"

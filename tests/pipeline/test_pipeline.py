@@ -473,3 +473,10 @@ def test_run_facts_list_every_stage(small_run: Project) -> None:
     shown = small_run.stages("runs").stdout
     for name in (*STAGES[:7], *(f"evaluate@{policy}" for policy in POLICIES), "headline", "report"):
         assert name in shown
+
+
+def test_the_page_finds_manifests_and_lock_in_agreement(small_run: Project) -> None:
+    """`report` compares what each stage read with what DVC recorded; an undisturbed run has nothing to show."""
+    page = (small_run.root / "report.html").read_text(encoding="utf-8")
+    assert "evaluate@dpo" in page
+    assert "dvc.lock records differ" not in page
