@@ -279,7 +279,10 @@ def _summaries(metrics: Path) -> list[dict[str, Any]]:
     for stem, title in titles.items():
         path = metrics / f"{stem}.json"
         if path.is_file():
-            found.append({"title": title, "rows": list(_flatten(read_json(path)))})
+            values = read_json(path)
+            if isinstance(values, dict):
+                values.pop("arms", None)  # shown above, as a figure and a table
+            found.append({"title": title, "rows": list(_flatten(values))})
     return found
 
 
