@@ -157,14 +157,14 @@ def test_nothing_of_regime_w_is_needed_for_inference_and_training(name: str) -> 
 
 
 def test_only_prepare_and_base_may_use_the_network() -> None:
-    """`prepare_process()` sets the offline switches; exactly two commands ask for the network."""
+    """Every command settles the process before it does anything; exactly two ask for the network."""
     tree = ast.parse((REPO / "stages" / "__main__.py").read_text(encoding="utf-8"))
     online, prepared = set(), set()
     for function in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
         for call in [node for node in ast.walk(function) if isinstance(node, ast.Call)]:
-            if isinstance(call.func, ast.Name) and call.func.id == "prepare_process":
+            if isinstance(call.func, ast.Name) and call.func.id in ("prepare_process", "_begin"):
                 prepared.add(function.name)
-                if call.keywords or call.args:
+                if function.name != "_begin" and (call.keywords or call.args):
                     online.add(function.name)
     assert online == {"prepare", "base"}
     assert set(STAGES) <= prepared
