@@ -1,7 +1,7 @@
 """Coherence: score how far the trajectories of each question agree, and reward each of them.
 
-    data/rollouts.jsonl  ->  data/regime_w_rollouts.jsonl: on each question s_end s_path s_cf s_wm, on each
-    trajectory answer correct soundness s_end s_path s_cf s_wm reward
+    data/rollouts.jsonl  ->  data/regime_w_rollouts.jsonl: on each question s_end s_path s_cf s_wm suspicion
+    suspect suspect_answer, on each trajectory answer correct soundness s_end s_path s_cf s_wm reward
 
 Questions are read, scored and written one batch after another, on all cores, so memory does not grow with
 the file; the batches, and with them every sum, are the same however many cores there are.
@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,10 +34,12 @@ from stages.core.stage import stage_run
 from stages.regime_w import signals
 from stages.regime_w.arms import ArmTable
 from stages.regime_w.reward import RewardParams, reward
+from stages.regime_w.suspicion import suspicion
 
 BATCH = 64  # questions
 SMALL = 4_000_000  # bytes of rollouts below which starting processes costs more than it saves
 SIGNALS = ("s_end", "s_path", "s_cf", "s_wm")
+ADDED = (*SIGNALS, "suspicion", "suspect", "suspect_answer")  # to a question
 SCORED = ("answer", "correct", "soundness", *SIGNALS, "reward")
 FIELDS: Fields = {"id": str, "question": str, "gold": (str, int, float), "trajectories": list}
 Scorer = Callable[[str, list[dict[str, Any]]], Any]
@@ -179,6 +182,7 @@ class _Batch:
         self.scorer = load_scorer(self.path)
         self.weights = (params.weights.s_end, params.weights.s_path, params.weights.s_cf)
         self.reward = RewardParams(**params.reward.model_dump())
+        self.suspect_from = params.suspect_from
         takes_weights = self.scorer is not None and "weights" in inspect.signature(self.scorer).parameters
         self.options = {"weights": self.weights} if takes_weights else {}
 
@@ -223,11 +227,16 @@ class _Batch:
             row |= {"s_end": score.s_end[index], "s_path": score.s_path[index], "s_cf": score.s_cf[index]}
             row |= {"s_wm": s_wm, "reward": value}
             scored.append(row)
-        tally.add(scored, analysis)
-        for key in SIGNALS:
+        verdicts = [row["correct"] for row in scored]
+        doubt, other = suspicion(analysis.traces, verdicts)
+        tally.add(name, scored, analysis)
+        suspect = other is not None and doubt >= self.suspect_from
+        tally.suspects.add(suspect, bool(record.get("planted")))
+        for key in ADDED:
             record.pop(key, None)
+        added = {**means, "suspicion": doubt, "suspect": suspect, "suspect_answer": other}
         try:
-            line = jsonl_line({**record, "trajectories": scored, **means})
+            line = jsonl_line({**record, "trajectories": scored, **added})
             line.encode()
         except ValueError as error:
             raise UserError(f"question '{name}': cannot be written as JSON ({error})") from None
@@ -293,15 +302,43 @@ class Within:
         return {"auc": auc, "low": low, "high": high, "questions": n}
 
 
+@dataclass(slots=True)
+class Suspects:
+    """How many gold labels are suspect; where wrong ones were planted, how many of these are among them."""
+
+    suspect: int = 0
+    planted: int = 0
+    found: int = 0
+    questions: int = 0
+
+    def add(self, suspect: bool, planted: bool) -> None:
+        """One question."""
+        self.questions += 1
+        self.suspect += suspect
+        self.planted += planted
+        self.found += suspect and planted
+
+    def summary(self) -> dict[str, int | float]:
+        """`questions` that are suspect; with planted labels also the share found and the false-alarm rate."""
+        rows: dict[str, int | float] = {"questions": self.suspect}
+        if self.planted:
+            others = self.questions - self.planted
+            rows |= {"planted": self.planted, "found": self.found, "found_share": self.found / self.planted}
+            rows["false_alarm_share"] = (self.suspect - self.found) / others if others else 0.0
+        return rows
+
+
 MEASURES = (*SIGNALS, "length", "mean_logprob")
+GROUPS = 20  # of questions, for the interval of the overall AUC
+T_19 = 2.093024054408263  # Student's t, 19 degrees of freedom, two-sided 95 %
 
 
 @dataclass(slots=True)
 class Tally:
     """Sums over questions; those of parts of a file add up to the whole file's.
 
-    `ranks` counts, per measure, wrong and right trajectories at each value rounded to five decimals: enough
-    for the AUC, and bounded however many trajectories there are.
+    `ranks` counts, per measure and group of questions, wrong and right trajectories at each value rounded to
+    three decimals: enough for the AUC and its interval, and bounded however many trajectories there are.
     """
 
     questions: int = 0
@@ -315,14 +352,18 @@ class Tally:
     sums: list[float] = field(default_factory=lambda: [0.0] * len(SIGNALS))
     soundness: dict[str, int] = field(default_factory=lambda: {"sound": 0, "lucky": 0, "unproven": 0})
     bins: list[list[int]] = field(default_factory=lambda: [[0, 0] for _ in range(10)])
-    ranks: dict[str, dict[float, list[int]]] = field(default_factory=lambda: {name: {} for name in MEASURES})
+    ranks: dict[str, dict[int, dict[float, list[int]]]] = field(
+        default_factory=lambda: {name: {} for name in MEASURES}
+    )
     right_over_wrong: dict[str, Within] = field(default_factory=lambda: {name: Within() for name in MEASURES})
     sound_over_lucky: dict[str, Within] = field(default_factory=lambda: {name: Within() for name in MEASURES})
     arms: ArmTable = field(default_factory=ArmTable)
+    suspects: Suspects = field(default_factory=Suspects)
 
-    def add(self, rows: list[dict[str, Any]], analysis: signals.GroupAnalysis) -> None:
+    def add(self, name: str, rows: list[dict[str, Any]], analysis: signals.GroupAnalysis) -> None:
         """Take in one question's scored trajectories."""
         self.questions += 1
+        group = zlib.crc32(name.encode()) % GROUPS
         self.trajectories += len(rows)
         for trace in analysis.traces:
             self.equations += len(trace.solution.equations)
@@ -336,8 +377,8 @@ class Tally:
             self.answered += row["answer"] is not None
             self.bins[min(9, int(row["s_wm"] * 10))][0] += 1
             self.bins[min(9, int(row["s_wm"] * 10))][1] += row["correct"]
-            for index, name in enumerate(SIGNALS):
-                self.sums[index] += row[name]
+            for index, signal_name in enumerate(SIGNALS):
+                self.sums[index] += row[signal_name]
             if row["correct"]:
                 self.soundness[row["soundness"]] += 1
             # A file with propensities says which pulls were uniform; any other holds uniform pulls only.
@@ -353,16 +394,16 @@ class Tally:
         wrong = [row for row in rows if not row["correct"]]
         sound = [row for row in right if row["soundness"] == "sound"]
         lucky = [row for row in right if row["soundness"] == "lucky"]
-        for name in MEASURES:
-            better, worse = _measure(right, name), _measure(wrong, name)
-            counts = self.ranks[name]
+        for measure in MEASURES:
+            better, worse = _measure(right, measure), _measure(wrong, measure)
+            counts = self.ranks[measure].setdefault(group, {})
             for verdict, values in ((0, worse), (1, better)):
                 for value in values:
-                    counts.setdefault(round(value, 5), [0, 0])[verdict] += 1
+                    counts.setdefault(round(value, 3), [0, 0])[verdict] += 1
             if better and worse:
-                self.right_over_wrong[name].add(better, worse)
+                self.right_over_wrong[measure].add(better, worse)
             if sound and lucky:
-                self.sound_over_lucky[name].add(_measure(sound, name), _measure(lucky, name))
+                self.sound_over_lucky[measure].add(_measure(sound, measure), _measure(lucky, measure))
 
     def merge(self, other: Tally) -> None:
         """Add another part of the file."""
@@ -382,11 +423,11 @@ class Tally:
             self.soundness[key] += count
         for mine, theirs in zip(self.bins, other.bins, strict=True):
             mine[0], mine[1] = mine[0] + theirs[0], mine[1] + theirs[1]
-        for name, counts in other.ranks.items():
-            own = self.ranks[name]
-            for value, (wrong, right) in counts.items():
-                row = own.setdefault(value, [0, 0])
-                row[0], row[1] = row[0] + wrong, row[1] + right
+        for name, groups in other.ranks.items():
+            for group, counts in groups.items():
+                _add_ranks(self.ranks[name].setdefault(group, {}), counts)
+        for slot in Suspects.__slots__:
+            setattr(self.suspects, slot, getattr(self.suspects, slot) + getattr(other.suspects, slot))
         for tables, others in (
             (self.right_over_wrong, other.right_over_wrong),
             (self.sound_over_lucky, other.sound_over_lucky),
@@ -409,6 +450,7 @@ class Tally:
             "equations": {"read": self.equations, "hold": self.holding, "skipped": self.skipped},
             "signals": {name: total / size for name, total in zip(SIGNALS, self.sums, strict=True)},
             "soundness": self.soundness,
+            "suspects": self.suspects.summary(),
             "arms": {row.pop("arm"): row for row in self.arms.rows()},
             "correct_over_wrong": {
                 name: {
@@ -434,8 +476,38 @@ def _measure(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows]
 
 
-def overall_auc(ranks: Mapping[float, Sequence[int]]) -> float | None:
-    """Chance that a right trajectory of any question is above a wrong one of any; a tie counts half."""
+def _add_ranks(mine: dict[float, list[int]], theirs: Mapping[float, Sequence[int]], sign: int = 1) -> None:
+    for value, (wrong, right) in theirs.items():
+        row = mine.setdefault(value, [0, 0])
+        row[0], row[1] = row[0] + sign * wrong, row[1] + sign * right
+
+
+def overall_auc(groups: Mapping[int, Mapping[float, Sequence[int]]]) -> dict[str, float | None]:
+    """Chance that a right trajectory of any question is above a wrong one of any, with a 95 % interval.
+
+    Trajectories of one question are not independent, so the interval is a delete-a-group jackknife over groups
+    of questions (Kott 2001, with Student's t).
+    """
+    total: dict[float, list[int]] = {}
+    for counts in groups.values():
+        _add_ranks(total, counts)
+    auc = auc_of(total)
+    parts = []
+    for _, counts in sorted(groups.items()):
+        _add_ranks(total, counts, -1)
+        parts.append(auc_of(total))
+        _add_ranks(total, counts)
+    kept = [part for part in parts if part is not None]
+    if auc is None or len(kept) < GROUPS:
+        return {"auc": auc, "low": None, "high": None}
+    mean = math.fsum(kept) / GROUPS
+    variance = (GROUPS - 1) / GROUPS * math.fsum((part - mean) ** 2 for part in kept)
+    half = T_19 * math.sqrt(variance)
+    return {"auc": auc, "low": max(0.0, auc - half), "high": min(1.0, auc + half)}
+
+
+def auc_of(ranks: Mapping[float, Sequence[int]]) -> float | None:
+    """The area under the ROC curve from counts of wrong and right at each value; a tie counts half."""
     below, wins = 0, 0.0
     right_total = wrong_total = 0
     for _, (wrong, right) in sorted(ranks.items()):

@@ -29,6 +29,7 @@ from stages.core.training import (
     Progress,
     assert_trainable,
     newest_checkpoint,
+    step_of,
     total_steps,
     trainer_arguments,
     write_curve,
@@ -83,7 +84,7 @@ def main() -> None:
         trained = assert_trainable(model)
         checkpoint = newest_checkpoint(run.work)
         arguments = trainer_arguments(spec, run.params.hardware, seed, run.work, model)
-        with run.progress("training", total_steps(len(rows), spec), "steps", _step(checkpoint)) as advance:
+        with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
             trainer = PairTrainer(
                 model=model,
                 args=DPOConfig(
@@ -247,7 +248,3 @@ class Selection(TrainerCallback):
         accuracy = sum(right[True]) / len(right[True])
         mean = sum(right[False]) / len(right[False]) if right[False] else accuracy
         return {"accuracy": accuracy, "mean": mean, "score": (accuracy + mean) / 2}
-
-
-def _step(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.split("-")[1]) if checkpoint else 0

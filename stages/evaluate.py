@@ -66,12 +66,12 @@ def main(policy: str) -> None:
                 requests.append(sample)
 
         # Generation, journalled.
-        journal = Journal(run.work / "journal.jsonl")
-        done = sum(request.id in journal.records for request in requests)
-        with run.progress("generating", len(requests), "completions", done) as advance:
-            engine = make_engine(model, tokenizer, run.params.hardware)
-            completions = complete(engine, tokenizer, requests, journal, advance, run.params.prompt.opening)
-        journal.close()
+        with Journal(run.work / "journal.jsonl") as journal:
+            done = sum(request.id in journal.records for request in requests)
+            with run.progress("generating", len(requests), "completions", done) as advance:
+                engine = make_engine(model, tokenizer, run.params.hardware)
+                opening = run.params.prompt.opening
+                completions = complete(engine, tokenizer, requests, journal, advance, opening)
 
         # Verdicts and metrics.
         rows = [_row(problem, completions, spec.samples) for problem in problems]

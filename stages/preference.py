@@ -24,7 +24,7 @@ from stages.core.stage import stage_run
 KINDS = ("correctness", "coherence")
 SIGNALS = ("s_end", "s_path", "s_cf", "s_wm")
 REASONS = (
-    "truncated", "leaking", "empty", "answerless", "not_sound", "identical", "margin",
+    "truncated", "leaking", "empty", "answerless", "not_sound", "suspect", "identical", "margin",
     "repeated", "trajectory_limit", "question_limit", "length_balance",
 )  # fmt: skip
 FIELDS = {"id": str, "question": str, "trajectories": list}
@@ -70,10 +70,15 @@ def make_pairs(
         seen["questions"] += 1
         rows = record["trajectories"]
         check_trajectories(record["id"], rows)
+        dropped = params.drop_suspects and bool(record.get("suspect"))
+        seen["dropped_suspects"] += dropped
         right, wrong = [row for row in rows if row["correct"]], [row for row in rows if not row["correct"]]
         seen["all_correct"] += bool(right) and not wrong
         seen["all_wrong"] += not right
-        faults = {id(row): chosen_fault(row, record["question"], params.sound_only) for row in right}
+        faults = {
+            id(row): "suspect" if dropped else chosen_fault(row, record["question"], params.sound_only)
+            for row in right
+        }
         candidates = {
             "correctness": [(a, b) for a in right for b in wrong],
             "coherence": [
@@ -95,6 +100,7 @@ def make_pairs(
         "questions": seen["questions"],
         "questions_all_correct": seen["all_correct"],
         "questions_all_wrong": seen["all_wrong"],
+        "questions_dropped_as_suspect": seen["dropped_suspects"],
         "pairs": len(pairs),
         "length_difference": length_difference([pair for pair, _ in pairs]),
     }

@@ -3,13 +3,16 @@
     {"id": "train-00017", "question": "Ann has 3 bags ...", "answer": "... #### 10", "gold": "10"}
 
 An id is the row's place in its source, so it stays when cleaning drops other rows. A doubled question is
-kept once. What train shares with Platinum is taken out of train (the whole question, or 13 words in a row, as
-in the GPT-3 paper, appendix C), and every removal is counted in `metrics/data.json`.
+kept once. A generated row whose answer was made wrong on purpose (`data.wrong_labels`) also has `planted: true`:
+no stage learns from that field, it only tells how well suspect labels are found. What train shares with Platinum
+is taken out of train (the whole question, or 13 words in a row, as in the GPT-3 paper, appendix C), and every
+removal is counted in `metrics/data.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 import re
 import unicodedata
 from collections import Counter
@@ -24,7 +27,7 @@ from stages.core.errors import UserError
 from stages.core.params import FilesData, GeneratedData, HubData, HubDataset, load_params
 from stages.core.records import read_numbered_jsonl, write_json, write_jsonl
 from stages.core.stage import atomic_folder, stage_run
-from stages.tiny.problems import Split, problems
+from stages.tiny.problems import Split, mislabelled, problems
 
 OUT = Path("data/gsm8k")
 METRICS = Path("metrics/data.json")
@@ -73,7 +76,7 @@ def make_splits(
         platinum_cleaner = Cleaner()
         platinum = list(islice(platinum_cleaner.clean(_generated("platinum", seed)), data.platinum))
         cleaner = Cleaner(Overlap(platinum))
-        train = list(islice(cleaner.clean(_generated("train", seed)), data.train))
+        train = list(islice(cleaner.clean(_generated("train", seed, data.wrong_labels)), data.train))
         valid = list(islice(cleaner.clean(_generated("valid", seed)), data.valid))
     else:
         platinum_cleaner = Cleaner()
@@ -100,6 +103,8 @@ def make_splits(
         "overlap_exact": cleaner.counts["exact"],
         "overlap_13gram": cleaner.counts["gram"],
     }
+    if isinstance(data, GeneratedData):
+        counts["planted_wrong_labels"] = sum(row.get("planted", False) for row in train)
     return {"train": train, "valid": valid, "platinum": platinum}, counts
 
 
@@ -160,11 +165,13 @@ class Cleaner:
                 yield row
 
 
-def _generated(split: Split, seed: int) -> Iterator[Row]:
+def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[Row]:
     for place, problem in enumerate(problems(split, seed)):
-        yield _row(
-            f"{split}-{place:05d}", problem.question, problem.answer, f"generated {split} problem {place}"
-        )
+        rng = random.Random(f"{seed}/{split}/label/{place}")
+        planted = rng.random() < wrong_labels
+        answer = mislabelled(problem, rng) if planted else problem.answer
+        row = _row(f"{split}-{place:05d}", problem.question, answer, f"generated {split} problem {place}")
+        yield {**row, "planted": True} if planted else row
 
 
 def _read(source: str | HubDataset, split: str) -> Iterator[Row]:

@@ -53,11 +53,12 @@ def main() -> None:
             Thompson(arms, spec.per_question, spec.floor, seed) if spec.allocation == "thompson" else None
         )
         size = spec.round_questions if bandit else len(problems)
-        journal = Journal(run.work / "journal.jsonl")
         records = []
-        with run.progress(
-            "generating", len(problems) * spec.per_question, "trajectories", len(journal.records)
-        ) as advance:
+        total = len(problems) * spec.per_question
+        with (
+            Journal(run.work / "journal.jsonl") as journal,
+            run.progress("generating", total, "trajectories", len(journal.records)) as advance,
+        ):
             for start in range(0, len(problems), size):
                 batch = problems[start : start + size]
                 pulls = {
@@ -77,7 +78,6 @@ def main() -> None:
                 if bandit:
                     bandit.learn([_verdicts(record) for record in made])
                 records += made
-        journal.close()
 
         write_jsonl(ROLLOUTS, records)
         stopped = [one["finish"] == "stop" for record in records for one in record["trajectories"]]
@@ -127,11 +127,13 @@ def build_record(
         if spec.allocation == "thompson":
             trajectory |= {"propensity": pull.propensity, "uniform": pull.uniform}
         trajectories.append(trajectory)
+    planted = {"planted": True} if problem.get("planted") else {}
     return {
         "id": problem["id"],
         "question": problem["question"],
         "gold": problem["gold"],
         "solution": problem["answer"],
+        **planted,
         "trajectories": trajectories,
     }
 

@@ -20,6 +20,7 @@ from stages.core.training import (
     Progress,
     assert_trainable,
     newest_checkpoint,
+    step_of,
     total_steps,
     trainer_arguments,
     write_curve,
@@ -62,7 +63,7 @@ def main() -> None:
         # Training, from the newest complete checkpoint if an earlier run was interrupted.
         checkpoint = newest_checkpoint(run.work)
         arguments = trainer_arguments(spec, run.params.hardware, seed, run.work, model)
-        with run.progress("training", total_steps(len(rows), spec), "steps", _step(checkpoint)) as advance:
+        with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
             trainer = SFTTrainer(
                 model=model,
                 args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -98,7 +99,3 @@ def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]
         if len(before) + len(after) <= spec.max_tokens:
             rows.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
     return rows, len(problems) - len(rows)
-
-
-def _step(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.split("-")[1]) if checkpoint else 0

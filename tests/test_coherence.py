@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -88,13 +90,16 @@ def test_worked_example_end_to_end(workplace: Path) -> None:
         "s_path",
         "s_cf",
         "s_wm",
+        "suspicion",
+        "suspect",
+        "suspect_answer",
     ]
     scored = ["answer", "correct", "soundness", "s_end", "s_path", "s_cf", "s_wm", "reward"]
     assert list(rows[0]) == ["id", "arm", "text", "tokens", "logprob", "finish", "seed", *scored]
     metrics = read_json(METRICS)
     assert metrics["equations"] == {"read": 8, "hold": 8, "skipped": 0}
     assert metrics["soundness"] == {"sound": 2, "lucky": 1, "unproven": 0}
-    assert metrics["correct_over_wrong"]["s_wm"]["overall"] == 1.0
+    assert metrics["correct_over_wrong"]["s_wm"]["overall"] == {"auc": 1.0, "low": None, "high": None}
     assert metrics["sound_over_lucky"]["s_cf"]["auc"] == 1.0
     assert metrics["arms"]["arm0"]["regret"] == 0.0
     assert (
@@ -159,6 +164,45 @@ def test_a_bad_record_is_named(workplace: Path, record: dict[str, Any], message:
 def test_no_questions_is_an_error(workplace: Path) -> None:
     with pytest.raises(UserError, match="holds no questions"):
         run(write(Path("in.jsonl"), []))
+
+
+def test_suspect_labels_are_counted(workplace: Path) -> None:
+    """Two planted labels, one of them found; one false alarm among three others."""
+    agreeing = [TEXTS[0]] * 3 + [TEXTS[3]]
+    records = [
+        question("found", agreeing, gold="5", planted=True),
+        question("missed", agreeing, planted=True),
+        question("alarm", agreeing, gold="11"),
+        question("fine", TEXTS),
+        question("split", [TEXTS[0], TEXTS[3]], gold="5"),
+    ]
+    scored = {record["id"]: record for record in run(write(Path("in.jsonl"), records))}
+    assert (scored["found"]["suspicion"], scored["found"]["suspect"]) == (0.5, True)
+    assert scored["found"]["suspect_answer"] == "10"
+    assert (scored["alarm"]["suspicion"], scored["fine"]["suspicion"]) == (0.75, 0.0)
+    assert (scored["split"]["suspect"], scored["split"]["suspect_answer"]) == (False, None)
+    assert read_json(METRICS)["suspects"] == {
+        "questions": 2, "planted": 2, "found": 1, "found_share": 0.5, "false_alarm_share": 1 / 3,
+    }  # fmt: skip
+
+
+def test_overall_auc_interval_holds_what_it_promises() -> None:
+    """Of 200 simulated files whose questions differ in level, about 95 in 100 intervals hold the true AUC."""
+    rng = random.Random(5)
+    truth = NormalDist().cdf(1 / math.sqrt(2 + 2 * 0.5))
+    held = 0
+    for _ in range(200):
+        groups: dict[int, dict[float, list[int]]] = {}
+        for question_number in range(200):
+            level = rng.gauss(0, math.sqrt(0.5))
+            counts = groups.setdefault(question_number % coherence.GROUPS, {})
+            for k in range(8):
+                value = round(rng.gauss(level + k % 2, 1), 3)
+                counts.setdefault(value, [0, 0])[k % 2] += 1
+        interval = coherence.overall_auc(groups)
+        assert interval["low"] is not None and interval["high"] is not None
+        held += interval["low"] <= truth <= interval["high"]
+    assert 180 <= held <= 199
 
 
 # ---- the replaceable scorer -----------------------------------------------------------------------
@@ -259,6 +303,7 @@ def test_real_groups_of_four(workplace: Path) -> None:
         ("s_wm", 0.886, 0.777),
     ):
         # DESIGN's figures are for annotated equations only; prose is read too, which moves the third digit.
-        assert math.isclose(auc[name]["overall"], overall, abs_tol=0.01)
+        assert math.isclose(auc[name]["overall"]["auc"], overall, abs_tol=0.01)
+        assert 0.01 < auc[name]["overall"]["high"] - auc[name]["overall"]["low"] < 0.04
         assert math.isclose(auc[name]["within"]["auc"], within, abs_tol=0.01)
     assert auc["s_wm"]["within"]["low"] > auc["length"]["within"]["high"]

@@ -27,12 +27,17 @@ def params(
     coherent: tuple[int, int, float] = (1, 1, 0.01),
     sound_only: bool = False,
     length_balance: bool = False,
+    drop_suspects: bool = False,
 ) -> Preference:
     kinds = [
         PreferenceKind(per_question=n, per_trajectory=m, min_margin=d) for n, m, d in (correctness, coherent)
     ]
     return Preference(
-        correctness=kinds[0], coherence=kinds[1], sound_only=sound_only, length_balance=length_balance
+        correctness=kinds[0],
+        coherence=kinds[1],
+        sound_only=sound_only,
+        drop_suspects=drop_suspects,
+        length_balance=length_balance,
     )
 
 
@@ -144,6 +149,15 @@ def test_small_margins_are_refused() -> None:
     assert pairs == []
     assert summary["coherence"]["refused"]["margin"] == 1
     assert summary["questions_all_correct"] == 1
+
+
+def test_suspect_questions_can_be_left_out() -> None:
+    """Only when asked for, and every candidate is counted."""
+    record = {**question(row(0, True, 1.5), row(1, True, 1.2), row(2, False, 0.1)), "suspect": True}
+    assert len(make_pairs(iter([record]), params())[0]) == 3
+    pairs, summary = make_pairs(iter([record]), params(drop_suspects=True))
+    assert pairs == [] and summary["questions_dropped_as_suspect"] == 1
+    assert [summary[kind]["refused"]["suspect"] for kind in ("correctness", "coherence")] == [2, 1]
 
 
 def test_sound_only() -> None:

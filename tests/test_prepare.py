@@ -76,7 +76,8 @@ def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None
     assert {name: len(part) for name, part in rows.items()} == {"train": 30, "valid": 5, "platinum": 20}
     for name, part in rows.items():
         for row in part:
-            assert list(row) == ["id", "question", "answer", "gold"]
+            fields = ["id", "question", "answer", "gold"]
+            assert list(row) == ([*fields, "planted"] if row.get("planted") else fields)
             assert row["id"].startswith(f"{name}-") and row["answer"].endswith(f"#### {row['gold']}")
     metrics = read_json(workplace / "metrics" / "data.json")
     assert metrics["train"] == 30 and metrics["platinum"] == 20
@@ -260,11 +261,28 @@ def test_grams() -> None:
 
 def test_generated_splits_are_full_and_apart() -> None:
     """Generated train and valid are topped up after what was removed; nothing removable is left in them."""
-    splits, counts = make_splits(GeneratedData(source="generated", train=300, valid=60, platinum=400), 17)
+    splits, counts = make_splits(
+        GeneratedData(source="generated", train=300, valid=60, platinum=400, wrong_labels=0.1), 17
+    )
     assert [len(splits[name]) for name in ("train", "valid", "platinum")] == [300, 60, 400]
     held_out = Cleaner(Overlap(splits["platinum"]))
     assert len(list(held_out.clean(splits["train"] + splits["valid"]))) == 360
     assert counts["read_train"] == 360 + counts["overlap_13gram"] and counts["duplicates_train"] == 0
+
+
+def test_wrong_labels_are_planted_in_train_alone() -> None:
+    """About the share asked for, marked, with another answer; every other row is as it would be without."""
+    made = {}
+    for share in (0.0, 0.1):
+        source = GeneratedData(source="generated", train=300, valid=60, platinum=60, wrong_labels=share)
+        made[share], counts = make_splits(source, 17)
+    planted = [row["id"] for row in made[0.1]["train"] if row.get("planted")]
+    assert counts["planted_wrong_labels"] == len(planted) and 15 <= len(planted) <= 45
+    for right, row in zip(made[0.0]["train"], made[0.1]["train"], strict=True):
+        assert right["question"] == row["question"]
+        assert (right["gold"] != row["gold"]) == (row["id"] in planted)
+    for split in ("valid", "platinum"):
+        assert made[0.0][split] == made[0.1][split]
 
 
 # ---- the hub -----------------------------------------------------------------------------------------

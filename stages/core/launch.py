@@ -21,7 +21,7 @@ SILENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-# One instruction set on every x86-64 processor, so that sums are rounded alike (about 5 % slower than AVX-512).
+# One instruction set on every x86-64 processor, so that sums are rounded alike; AVX-512 would be a little faster.
 SAME_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 

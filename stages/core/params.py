@@ -69,6 +69,7 @@ class RegimeW(Section):
     scorer: str
     weights: SignalWeights
     reward: Reward
+    suspect_from: Share
 
 
 class PreferenceKind(Section):
@@ -85,6 +86,7 @@ class Preference(Section):
     correctness: PreferenceKind
     coherence: PreferenceKind
     sound_only: bool
+    drop_suspects: bool
     length_balance: bool
 
     @model_validator(mode="after")
@@ -168,12 +170,13 @@ class DirectoryModel(Section):
 
 
 class GeneratedData(Section):
-    """Problems made by the generator."""
+    """Problems made by the generator; `wrong_labels` of the training answers are wrong on purpose."""
 
     source: Literal["generated"]
     train: Positive
     valid: Positive
     platinum: Positive
+    wrong_labels: Share
 
 
 class HubDataset(Section):

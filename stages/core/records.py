@@ -18,7 +18,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from stages.core.errors import UserError
 
@@ -142,6 +142,7 @@ class Journal:
     Each line is `{"sum": "<crc32 of the body>", "record": <body>}`. Opening takes an exclusive lock
     (one writer), drops a torn last line, and moves damaged lines to `<name>.damaged`, so that what
     they held is done again. `records` then holds what is whole, by its `key` (the first one wins).
+    Used in a `with` block, it is closed however the block ends. Raises UserError when it cannot be written.
     """
 
     def __init__(self, path: Path, key: str = "id") -> None:
@@ -149,41 +150,61 @@ class Journal:
         self.key = key
         self.records: dict[str, dict[str, Any]] = {}
         self.damaged = 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.with_name(path.name + ".lock").open("w")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.close()
+            self._lock.close()
             raise UserError(f"{path}: another run is writing it; wait for it, or end it") from None
-        self._recover()
+        with self._writing():
+            self._recover()
+            self._file = path.open("ab")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _recover(self) -> None:
-        self._file.seek(0)
-        good_bytes, bad_lines = [], []
-        lines = self._file.read().splitlines(keepends=True)
-        torn = bool(lines) and not lines[-1].endswith(b"\n")
-        if torn:
-            lines.pop()
-        for line in lines:
-            record = self._parse(line)
-            if record is None:
-                bad_lines.append(line)
-            else:
-                self.records.setdefault(record[self.key], record)
-                good_bytes.append(line)
-        self.damaged = len(bad_lines)
-        if bad_lines:
-            with self.path.with_name(self.path.name + ".damaged").open("ab") as aside:
-                aside.writelines(bad_lines)
-                aside.flush()
-                os.fsync(aside.fileno())
-        if bad_lines or torn:
-            # Rewritten through the same open file, so that the lock is never let go. The good lines are a
-            # subset of what is there; a kill in between loses at most progress, which is done again.
-            self._file.truncate(0)
-            self._file.write(b"".join(good_bytes))
-            self.flush()
+        if not self.path.exists():
+            return
+        repaired = self.path.with_name(self.path.name + ".repaired")
+        aside = self.path.with_name(self.path.name + ".damaged")
+        torn = False
+        with self.path.open("rb") as lines, repaired.open("wb") as whole:
+            for line in lines:
+                record = self._parse(line)
+                if record is not None and line.endswith(b"\n"):
+                    self.records.setdefault(record[self.key], record)
+                    whole.write(line)
+                elif line.endswith(b"\n"):
+                    self.damaged += 1
+                    with aside.open("ab") as file:
+                        file.write(line)
+                        file.flush()
+                        os.fsync(file.fileno())
+                else:
+                    torn = True
+            whole.flush()
+            os.fsync(whole.fileno())
+        if self.damaged or torn:
+            repaired.replace(self.path)
+            sync_folder(self.path.parent)
+        else:
+            repaired.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free some room or check its owner, "
+                "and run the same command again: it goes on where it was"
+            ) from error
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
         try:
@@ -197,18 +218,23 @@ class Journal:
     def add(self, record: dict[str, Any]) -> None:
         """Append one record; it is on its way to the disk, `flush` makes it stay."""
         body = json.dumps(record, ensure_ascii=False)
-        self._file.write(f'{{"sum": "{zlib.crc32(body.encode()):08x}", "record": {body}}}\n'.encode())
+        with self._writing():
+            self._file.write(f'{{"sum": "{zlib.crc32(body.encode()):08x}", "record": {body}}}\n'.encode())
         self.records[record[self.key]] = record
 
     def flush(self) -> None:
         """Make everything added so far last through a power cut."""
-        try:
+        with self._writing():
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some room") from error
 
     def close(self) -> None:
         """Flush and let the lock go."""
-        self.flush()
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            try:
+                with self._writing():
+                    self._file.close()
+            finally:
+                self._lock.close()

@@ -11,7 +11,6 @@ the host go to `.work/runs/` instead.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -19,18 +18,16 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stages.core.code import ROOT, project_files
 from stages.core.errors import UserError
+from stages.core.guard import end_with_parent, leave_on_sigterm, name_full_disk
 from stages.core.params import Sections, load_params
 from stages.core.records import read_json, sha256_file, sync_folder, write_json
 
@@ -111,7 +108,7 @@ def stage_run(
     """
     from rich.console import Console
 
-    _die_with_parent()
+    end_with_parent()
     label = f"{name}@{variant}" if variant else name
     params = Sections(load_params(), sections)
     inputs_seen = {path.as_posix(): _fingerprint_input(path) for path in inputs}
@@ -126,7 +123,7 @@ def stage_run(
         _clear_other_progress(WORK / label, keep=fingerprint)
         run = StageRun(label, params, WORK / label / fingerprint, console)
         started, when = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with _leave_on_sigterm():
+        with leave_on_sigterm(), name_full_disk(label, WORK):
             yield run
         missing = [path.as_posix() for path in outputs if not path.exists()]
         if missing:
@@ -203,26 +200,6 @@ def _clear_other_progress(folder: Path, keep: str) -> None:
     for path in folder.iterdir():
         if path.is_dir() and path.name != keep:
             shutil.rmtree(path)
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when DVC's shell ends, so that no orphan writes on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-@contextlib.contextmanager
-def _leave_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an ordinary exit, so that journals are closed and temporary files removed."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(143)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _note_facts(run: StageRun, when: str, seconds: float) -> None:

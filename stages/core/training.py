@@ -111,7 +111,12 @@ def newest_checkpoint(work: Path) -> Path | None:
             complete.append(folder)
         else:
             shutil.rmtree(folder)
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer step a checkpoint folder was written at; 0 for none."""
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def total_steps(rows: int, spec: Sft | Dpo) -> int:

@@ -189,6 +189,19 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
             yield problem
 
 
+def mislabelled(problem: Problem, rng: random.Random) -> str:
+    """A gold solution as a careless annotator writes it: wrong operations, or the last sum done wrong."""
+    right = problem.answer
+    answer = right.rpartition("#### ")[2]
+    if rng.random() < 0.5:
+        text = mistaken(problem, "plain", rng, 0.4, 0.4)
+        if text.rpartition("#### ")[2] != answer:
+            return text
+    slipped = str(int(answer) + rng.choice((1, 2, 10)))
+    steps, _, last = right.removesuffix(f"#### {answer}").rpartition("=")
+    return f"{steps}={last.replace(f'{answer}>>{answer}', f'{slipped}>>{slipped}')}#### {slipped}"
+
+
 def mistaken(
     problem: Problem, style: Style, rng: random.Random, confused_share: float, slip_share: float
 ) -> str:

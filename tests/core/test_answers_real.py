@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +53,3 @@ def test_every_gold_parses(name: str) -> None:
             == gold_answer(row["answer"])
         )
         assert (reading.found, reading.leak) == (1, False)
-
-
-def test_speed() -> None:
-    """100,000 short completions a second on an idle core; a fifth is asked for here, on a shared one."""
-    text = (
-        "She sells 16 - 3 - 4 = <<16-3-4=9>>9 duck eggs a day.\nShe makes 9 * 2 = $<<9*2=18>>18 every day.\n"
-    )
-    texts = [text * 2 + f"#### {n}" for n in range(10_000)] + [
-        text * 2 + f"A: {n:,} eggs" for n in range(2_000)
-    ]
-    start = time.perf_counter()
-    for one in texts:
-        read_answer(one, "How much does she make?")
-    assert len(texts) / (time.perf_counter() - start) > 20_000

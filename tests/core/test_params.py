@@ -57,7 +57,9 @@ def test_right_files_are_read_as_they_stand(tmp_path: Path) -> None:
 
 def test_data_source_chooses_the_keys(tmp_path: Path) -> None:
     """`files` takes paths, where `generated` takes counts."""
-    files = change(PROFILE, "source: generated\n  train: 30\n  valid: 5\n  platinum: 20", FILES)
+    files = change(
+        PROFILE, "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", FILES
+    )
     data = load_params(write(tmp_path, profile=files)).data
     assert data == FilesData(source="files", train="a.jsonl", platinum="b.jsonl", valid=5)
 
@@ -95,7 +97,7 @@ PROFILE_MISTAKES = {
     "no source": (("  source: generated\n", ""), "data:", "data.source: is missing"),
     "key of another source": (("  train: 30", "  train: a.jsonl"), "  train:", "data.train: "),
     "revision that can move": (
-        ("source: generated\n  train: 30\n  valid: 5\n  platinum: 20", HUB),
+        ("source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", HUB),
         "  train:",
         "data.train.revision: ",
     ),

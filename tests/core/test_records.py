@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,32 @@ def test_damaged_json(tmp_path: Path) -> None:
         read_json(tmp_path / "m.json")
 
 
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    """A journal that can no longer be written says so, by whichever call finds out."""
+    path = tmp_path / "j.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))  # the nearest thing to a disk that fills up
+    try:
+        with (
+            pytest.raises(UserError, match=r"j\.jsonl: cannot be written \(.*free some room"),
+            Journal(path) as full,
+        ):
+            for n in range(1000):
+                full.add({"id": f"q{n}", "text": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept, damaged = reopened(path)
+    assert len(kept) > 20 and damaged == 0
+    assert [row["id"] for row in kept] == [f"q{n}" for n in range(len(kept))]
+
+
+def test_place_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file where a folder should be."""
+    (tmp_path / "work").write_text("")
+    with pytest.raises(UserError, match=r"j\.jsonl: cannot be written"):
+        Journal(tmp_path / "work" / "j.jsonl")
+
+
 # ---- journal -----------------------------------------------------------------------------------------
 
 
@@ -182,7 +209,7 @@ def test_torn_last_line_is_dropped(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         assert reopened(path) == (rows[:2], 0)
         assert path.read_bytes() == whole[:start]
-    assert names(tmp_path) == ["j.jsonl"]
+    assert names(tmp_path) == ["j.jsonl", "j.jsonl.lock"]
 
 
 def test_flipped_byte_is_set_aside(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -239,21 +241,21 @@ def test_sigterm_ends_a_stage_in_order() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
-def test_a_stage_ends_when_its_parent_is_killed(workplace: Path) -> None:
-    """Killing dvc must not leave a stage writing on."""
+@pytest.mark.parametrize("between", [False, True], ids=["direct", "a shell in between"])
+def test_a_stage_ends_when_its_parent_is_killed(workplace: Path, between: bool) -> None:
+    """Killing dvc must not leave a stage writing on, also where the shell that dvc uses stays its parent."""
     stage = (
         "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
         "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
         "    Path('pid').write_text(str(os.getpid())); time.sleep(60)\n"
     )
+    Path("stage.py").write_text(stage)
+    shell = f"{sys.executable} stage.py; true" if between else f"exec {sys.executable} stage.py"
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {stage!r}])"],
-        env={**os.environ, "PYTHONPATH": str(REPO)},
+        [sys.executable, "-c", f"import subprocess; subprocess.run(['sh', '-c', {shell!r}])"],
+        env={**os.environ, "PYTHONPATH": str(REPO), "DVC_STAGE": "headline"},
     )
-    for _ in range(400):
-        if Path("pid").is_file() and Path("pid").read_text():
-            break
-        time.sleep(0.05)
+    wait_for(lambda: Path("pid").is_file() and bool(Path("pid").read_text()))
     child = int(Path("pid").read_text())
     parent.kill()
     parent.wait()
@@ -265,3 +267,47 @@ def test_a_stage_ends_when_its_parent_is_killed(workplace: Path) -> None:
         time.sleep(0.05)
     else:
         pytest.fail("the stage was still running 10 s after its parent was killed")
+
+
+def test_a_stage_started_by_hand_goes_on(workplace: Path) -> None:
+    """`nohup python -m stages ...` survives the shell it was started from."""
+    stage = (
+        "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
+        "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
+        "    Path('pid').write_text('started'); time.sleep(2); Path('data').mkdir(exist_ok=True)\n"
+        "    Path('data/out.jsonl').write_text('{}')\n"
+    )
+    Path("stage.py").write_text(stage)
+    environment = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"}
+    command = f"import subprocess; subprocess.run(['sh', '-c', '{sys.executable} stage.py; true'])"
+    parent = subprocess.Popen([sys.executable, "-c", command], env={**environment, "PYTHONPATH": str(REPO)})
+    wait_for(lambda: Path("pid").is_file())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: Path("data/out.manifest.json").is_file())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("nothing happened in 20 s")
+
+
+def test_a_full_disk_is_one_line_whoever_finds_out(workplace: Path) -> None:
+    """torch and safetensors raise errors of their own; other errors are left as they are."""
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ):
+        with (
+            pytest.raises(UserError, match=r"headline: the disk is full .* it goes on where it was"),
+            stage_run("headline", sections=(), inputs=[], outputs=[]),
+        ):
+            raise error
+    with (
+        pytest.raises(RuntimeError, match="a bug"),
+        stage_run("headline", sections=(), inputs=[], outputs=[]),
+    ):
+        raise RuntimeError("a bug")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from stages.core.params import BuiltModel, GeneratedData, load_params
-from stages.tiny.problems import VERBS, Problem, Split, mistaken, problems
+from stages.regime_w.solution import read_solution
+from stages.tiny.problems import VERBS, Problem, Split, mislabelled, mistaken, problems
 
 REPO = Path(__file__).resolve().parents[2]
 SPLITS: tuple[Split, ...] = ("corpus", "train", "valid", "platinum")
@@ -158,3 +159,17 @@ def test_slips_are_as_frequent_as_asked_for() -> None:
     assert len(two) > 300
     right = sum(mistaken(problem, "plain", rng, 1.0, 0.1) == problem.answer for problem in two) / len(two)
     assert abs(right - 0.81) <= 4 * (0.81 * 0.19 / len(two)) ** 0.5
+
+
+def test_mislabelled_solutions_are_wrong_in_two_ways() -> None:
+    """Another answer than the right one, from wrong operations or from a sum that does not hold."""
+    rng = random.Random(3)
+    slips = 0
+    for problem in take("train", 300):
+        text = mislabelled(problem, rng)
+        answer = text.rpartition("#### ")[2]
+        assert int(answer) != solve(problem.question) and int(answer) >= 0
+        equations = read_solution(text).equations
+        assert str(equations[-1].value) == answer
+        slips += not equations[-1].holds
+    assert 100 < slips < 240

@@ -86,7 +86,7 @@ def test_example_without_data(workplace: Path) -> None:
     (workplace / "my.jsonl").write_text('{"question": "Whose?", "answer": "#### 4"}\n')
     change(
         workplace,
-        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20",
+        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1",
         "source: files\n  train: my.jsonl\n  platinum: my.jsonl\n  valid: 5",
     )
     text = output()
@@ -97,7 +97,7 @@ def test_missing_files_are_all_listed(workplace: Path) -> None:
     """The table names each; the error is the first one and says there are more."""
     change(
         workplace,
-        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20",
+        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1",
         "source: files\n  train: no.jsonl\n  platinum: none.jsonl\n  valid: 5",
     )
     error, text = refusal()

@@ -1,0 +1,32 @@
+"""What many tests share."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ends_soon() -> Callable[[Callable[[], object]], bool]:
+    """Whether a call ends within 30 seconds of processor time, however busy the machine is.
+
+    For texts on which linear code takes well under a second and quadratic code takes minutes: a bound on the
+    order of growth, not on speed (bench/ measures that).
+    """
+
+    def ends(work: Callable[[], object]) -> bool:
+        child = os.fork()
+        if not child:
+            resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+            failed = 1
+            try:
+                work()
+                failed = 0
+            finally:
+                os._exit(failed)
+        return os.waitpid(child, 0)[1] == 0
+
+    return ends
