@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from workplace import call, change, copy_project
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = (("base_to_sft", "base→SFT"), ("sft_to_dpo", "SFT→DPO"))
 
 
@@ -51,41 +48,11 @@ def main() -> None:
 
 def run(seed: int, changes: list[str], place: Path) -> dict[str, Any]:
     """One pipeline run in a copy of the working tree; returns its metrics/comparison.json."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock" and not name.startswith("metrics/"):
-            (place / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, place / name)
+    copy_project(place)
     change(place / "params.yaml", [f"seed={seed}"])
     change(place / "profiles/tiny.yaml", [f"model.seed={seed}", *changes])
-    subprocess.run(["git", "init", "-q"], cwd=place, check=True)
-    tools = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run([str(tools / "dvc"), "repro", "-q"], cwd=place, check=True, env=environment)
+    call(place, "dvc", "repro", "-q")
     return json.loads((place / "metrics/comparison.json").read_text())  # type: ignore[no-any-return]
-
-
-def change(path: Path, assignments: list[str]) -> None:
-    """Set `a.b=value` keys of a YAML file; a key that is not there is an error."""
-    yaml = YAML()
-    tree = yaml.load(path.read_text())
-    for assignment in assignments:
-        key, _, value = assignment.partition("=")
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        if last not in node:
-            raise SystemExit(f"{path}: there is no key {key}")
-        node[last] = yaml.load(value)
-    with path.open("w") as file:
-        yaml.dump(tree, file)
 
 
 def row(seed: int, comparison: dict[str, Any]) -> str:
