@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -22,12 +24,14 @@ from stages.core.errors import UserError
 from stages.core.launch import fix_arithmetic
 from stages.core.paths import BASE, DPO_ADAPTER, SFT_ADAPTER
 from stages.core.policy import adapter_config, adapter_weights, load_policy, read_adapter, save_adapter
+from stages.core.processes import train_everywhere
 from stages.core.prompts import completion_ids, prompt_ids
 from stages.core.records import atomic_write, read_json, read_jsonl, write_json
 from stages.core.stage import StageRun, atomic_folder, stage_run
 from stages.core.training import (
     Progress,
     assert_trainable,
+    fill_batches,
     newest_checkpoint,
     step_of,
     total_steps,
@@ -67,56 +71,63 @@ def main() -> None:
         inputs=[PAIRS, VALID, BASE, SFT_ADAPTER],
         outputs=[DPO_ADAPTER, CURVE, SELECTION],
     ) as run:
-        spec, seed = run.params.dpo, run.params.seed
-        fix_arithmetic(run.params.hardware.threads, seed)
+        train_everywhere("stages.dpo:train", run, run.params.dpo.batch)
 
-        # Data: pairs as tokens.
-        model, tokenizer = load_policy(SFT_ADAPTER, trainable=True)
-        rows, too_long = build_rows(run, tokenizer)
-        if not rows:
-            raise UserError(
-                f"{PAIRS}: no pair to train on ({too_long} were longer than dpo.max_tokens); "
-                "metrics/preference.json counts what was refused and why"
-            )
 
-        # Model: the adapter goes on training; TRL makes a frozen copy of it as the reference.
-        config = adapter_config(model)
-        trained = assert_trainable(model)
-        checkpoint = newest_checkpoint(run.work)
-        arguments = trainer_arguments(spec, run.params.hardware, seed, run.work, model)
-        with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
-            trainer = PairTrainer(
-                model=model,
-                args=DPOConfig(
-                    **arguments,
-                    beta=spec.beta,
-                    loss_type=list(spec.loss_type),
-                    loss_weights=list(spec.loss_weights),
-                ),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=tokenizer,
-                callbacks=[Progress(advance)],
-            )
-            assert_trainable(model)
-            assert_reference(model, SFT_ADAPTER)
-            assert_same_start(trainer, rows)
-            selection = Selection(run, tokenizer, config)
-            selection.consider(model, step=0)
-            trainer.add_callback(selection)
-            trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            selection.consider(model, step=trainer.state.global_step)
-        assert_reference(model, SFT_ADAPTER)
+def train(run: StageRun) -> None:
+    """Train in this process, alone or as one of several; the first one writes the outputs."""
+    spec, seed = run.params.dpo, run.params.seed
+    fix_arithmetic(run.params.hardware.threads, seed)
 
-        # Outputs: the best step on validation.
-        write_curve(trainer.state.log_history, COLUMNS, CURVE)
-        best = selection.write(SELECTION)
-        with atomic_folder(DPO_ADAPTER) as folder:
-            save_adapter(read_adapter(selection.folder(best["step"])), config, folder)
-        kept = f"step {best['step']}" if best["step"] else "the SFT adapter: no step was better on validation"
-        run.say(
-            f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}"
+    # Data: pairs as tokens.
+    model, tokenizer = load_policy(SFT_ADAPTER, trainable=True)
+    rows, too_long = build_rows(run, tokenizer)
+    if not rows:
+        raise UserError(
+            f"{PAIRS}: no pair to train on ({too_long} were longer than dpo.max_tokens); "
+            "metrics/preference.json counts what was refused and why"
         )
+
+    # Model: the adapter goes on training; TRL makes a frozen copy of it as the reference.
+    config = adapter_config(model)
+    trained = assert_trainable(model)
+    checkpoint = newest_checkpoint(run.work)
+    arguments = trainer_arguments(spec, run, model)
+    with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
+        trainer = PairTrainer(
+            model=model,
+            args=DPOConfig(
+                **arguments,
+                beta=spec.beta,
+                loss_type=list(spec.loss_type),
+                loss_weights=list(spec.loss_weights),
+            ),
+            train_dataset=Dataset.from_list(fill_batches(rows, spec.batch)),
+            processing_class=tokenizer,
+            callbacks=[Progress(advance)],
+        )
+        assert_trainable(model)
+        assert_reference(model, SFT_ADAPTER)
+        assert_same_start(trainer, rows)
+        selection = Selection(run, tokenizer, config)
+        selection.consider(model, step=0)
+        trainer.add_callback(selection)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        selection.consider(model, step=trainer.state.global_step)
+    assert_reference(model, SFT_ADAPTER)
+
+    # Outputs: the best step on validation.
+    if not trainer.is_world_process_zero():
+        return
+    write_curve(trainer.state.log_history, COLUMNS, CURVE)
+    best = selection.write(SELECTION)
+    with atomic_folder(DPO_ADAPTER) as folder:
+        save_adapter(read_adapter(selection.folder(best["step"])), config, folder)
+    kept = f"step {best['step']}" if best["step"] else "the SFT adapter: no step was better on validation"
+    run.say(
+        f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}"
+    )
 
 
 def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
@@ -180,6 +191,7 @@ class Selection(TrainerCallback):
     def __init__(self, run: StageRun, tokenizer: Any, config: dict[str, Any]) -> None:
         self.run, self.tokenizer, self.config = run, tokenizer, config
         self.spec, self.prompt = run.params.dpo, run.params.prompt
+        self.state = PartialState()
         self.rows_file = run.work / "selection.json"
         self.rows: dict[int, dict[str, Any]] = {}
         if self.rows_file.is_file():
@@ -200,11 +212,12 @@ class Selection(TrainerCallback):
             return
         row = {"step": step, **self._score(model)}
         best = self.best()
-        if best is None or row["score"] > best["score"]:
-            with atomic_folder(self.folder(step)) as folder:
-                save_adapter(adapter_weights(model), self.config, folder)
         self.rows[step] = row
-        write_json(self.rows_file, [self.rows[key] for key in sorted(self.rows)])
+        if self.state.is_main_process:
+            if best is None or row["score"] > best["score"]:
+                with atomic_folder(self.folder(step)) as folder:
+                    save_adapter(adapter_weights(model), self.config, folder)
+            write_json(self.rows_file, [self.rows[key] for key in sorted(self.rows)])
 
     def best(self) -> dict[str, Any] | None:
         """The best row so far; the earliest among equals."""
@@ -226,8 +239,9 @@ class Selection(TrainerCallback):
         return best
 
     def _score(self, model: Any) -> dict[str, float]:
+        """Accuracy of greedy answers and of samples; each process answers its share of the problems."""
         requests, golds = [], {}
-        for problem in self.problems:
+        for problem in self.problems[self.state.process_index :: self.state.num_processes]:
             prompt = tuple(prompt_ids(self.tokenizer, self.prompt, problem["question"]))
             for k in range(self.spec.select_samples + 1):
                 seed = request_seed(self.run.params.seed, "select", problem["id"], str(k))
@@ -237,14 +251,17 @@ class Selection(TrainerCallback):
                 )
                 requests.append(request)
                 golds[request.id] = problem
-        right: dict[bool, list[bool]] = {True: [], False: []}
+        right: list[tuple[bool, bool]] = []  # whether greedy, whether correct
         with torch.no_grad():
             for completion in make_engine(model, self.tokenizer, self.run.params.hardware).generate(requests):
                 problem = golds[completion.id]
                 written = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
                 text = self.prompt.opening + written
                 answer = read_answer(text, problem["question"]).answer
-                right[completion.id.endswith("/0")].append(same_answer(answer, problem["gold"]))
-        accuracy = sum(right[True]) / len(right[True])
-        mean = sum(right[False]) / len(right[False]) if right[False] else accuracy
+                right.append((completion.id.endswith("/0"), same_answer(answer, problem["gold"])))
+        everyone = gather_object(right) if self.state.num_processes > 1 else right
+        greedy = [correct for is_greedy, correct in everyone if is_greedy]
+        drawn = [correct for is_greedy, correct in everyone if not is_greedy]
+        accuracy = sum(greedy) / len(greedy)
+        mean = sum(drawn) / len(drawn) if drawn else accuracy
         return {"accuracy": accuracy, "mean": mean, "score": (accuracy + mean) / 2}

@@ -16,13 +16,13 @@ from stages.core.answers import read_answer, same_answer
 from stages.core.generation import complete
 from stages.core.launch import fix_arithmetic
 from stages.core.paths import BASE, DPO_ADAPTER, SFT_ADAPTER
-from stages.core.policy import load_policy
+from stages.core.policy import load_tokenizer
 from stages.core.prompts import prompt_ids
 from stages.core.records import Journal, read_jsonl, write_json, write_jsonl
 from stages.core.stage import stage_run
 from stages.core.stats import summarise
 from stages.engine.base import Request, request_seed
-from stages.engine.choose import make_engine
+from stages.engine.choose import open_engine
 
 PLATINUM = Path("data/gsm8k/platinum.jsonl")
 ADAPTERS = {"base": None, "sft": SFT_ADAPTER, "dpo": DPO_ADAPTER}
@@ -48,7 +48,7 @@ def main(policy: str) -> None:
         problems = list(read_jsonl(PLATINUM, {"id": str, "question": str, "gold": str}))
 
         # One request for the greedy answer, one for each sample.
-        model, tokenizer = load_policy(adapter)
+        tokenizer = load_tokenizer()
         requests = []
         for problem in problems:
             prompt = tuple(prompt_ids(tokenizer, run.params.prompt, problem["question"]))
@@ -68,8 +68,10 @@ def main(policy: str) -> None:
         # Generation, journalled.
         with Journal(run.work / "journal.jsonl") as journal:
             done = sum(request.id in journal.records for request in requests)
-            with run.progress("generating", len(requests), "completions", done) as advance:
-                engine = make_engine(model, tokenizer, run.params.hardware)
+            with (
+                open_engine(adapter, run.params.hardware) as engine,
+                run.progress("generating", len(requests), "completions", done) as advance,
+            ):
                 opening = run.params.prompt.opening
                 completions = complete(engine, tokenizer, requests, journal, advance, opening)
 

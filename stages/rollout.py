@@ -19,12 +19,12 @@ from stages.core.generation import complete
 from stages.core.launch import fix_arithmetic
 from stages.core.params import Arm, Rollout
 from stages.core.paths import BASE, SFT_ADAPTER
-from stages.core.policy import load_policy
+from stages.core.policy import load_tokenizer
 from stages.core.prompts import prompt_ids
 from stages.core.records import Journal, read_jsonl, write_jsonl
 from stages.core.stage import StageRun, stage_run
 from stages.engine.base import Request, request_seed
-from stages.engine.choose import make_engine
+from stages.engine.choose import open_engine
 from stages.regime_w.bandit import Pull, Thompson, uniform
 
 TRAIN = Path("data/gsm8k/train.jsonl")
@@ -44,8 +44,7 @@ def main() -> None:
         problems = choose(
             list(read_jsonl(TRAIN, {"id": str, "question": str, "gold": str})), spec.questions, seed
         )
-        model, tokenizer = load_policy(SFT_ADAPTER)
-        engine = make_engine(model, tokenizer, run.params.hardware)
+        tokenizer = load_tokenizer()
 
         # Questions go in rounds; what a round showed decides which arms the next one pulls (thompson).
         arms = list(spec.arms)
@@ -57,6 +56,7 @@ def main() -> None:
         total = len(problems) * spec.per_question
         with (
             Journal(run.work / "journal.jsonl") as journal,
+            open_engine(SFT_ADAPTER, run.params.hardware) as engine,
             run.progress("generating", total, "trajectories", len(journal.records)) as advance,
         ):
             for start in range(0, len(problems), size):

@@ -10,15 +10,18 @@ import random
 from pathlib import Path
 from typing import Any
 
+from stages.core.errors import UserError
 from stages.core.launch import fix_arithmetic
 from stages.core.paths import BASE, SFT_ADAPTER
 from stages.core.policy import adapter_config, adapter_weights, load_base, save_adapter
+from stages.core.processes import train_everywhere
 from stages.core.prompts import completion_ids, completion_text, prompt_ids
 from stages.core.records import read_jsonl
 from stages.core.stage import StageRun, atomic_folder, stage_run
 from stages.core.training import (
     Progress,
     assert_trainable,
+    fill_batches,
     newest_checkpoint,
     step_of,
     total_steps,
@@ -35,54 +38,61 @@ def main() -> None:
     with stage_run(
         "sft", sections=("sft", "prompt", "seed"), inputs=[TRAIN, BASE], outputs=[SFT_ADAPTER, CURVE]
     ) as run:
-        from datasets import Dataset
-        from peft import LoraConfig, get_peft_model
-        from transformers import PrinterCallback
-        from trl import SFTConfig, SFTTrainer
+        train_everywhere("stages.sft:train", run, run.params.sft.batch)
 
-        spec, seed = run.params.sft, run.params.seed
-        fix_arithmetic(run.params.hardware.threads, seed)
 
-        # Data: a style for each problem, prompt and completion joined as tokens.
-        model, tokenizer = load_base()
-        rows, too_long = build_rows(run, tokenizer)
-        if not rows:
-            raise RuntimeError(f"all {too_long} training examples are longer than sft.max_tokens")
+def train(run: StageRun) -> None:
+    """Train in this process, alone or as one of several; the first one writes the outputs."""
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
 
-        # Model: a fresh adapter on every linear layer.
-        lora = LoraConfig(
-            r=spec.lora.r,
-            lora_alpha=spec.lora.alpha,
-            lora_dropout=spec.lora.dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
+    spec, seed = run.params.sft, run.params.seed
+    fix_arithmetic(run.params.hardware.threads, seed)
+
+    # Data: a style for each problem, prompt and completion joined as tokens.
+    model, tokenizer = load_base()
+    rows, too_long = build_rows(run, tokenizer)
+    if not rows:
+        raise UserError(f"{TRAIN}: all {too_long} examples are longer than sft.max_tokens; raise it")
+
+    # Model: a fresh adapter on every linear layer.
+    lora = LoraConfig(
+        r=spec.lora.r,
+        lora_alpha=spec.lora.alpha,
+        lora_dropout=spec.lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    trained = assert_trainable(model)
+
+    # Training, from the newest complete checkpoint if an earlier run was interrupted.
+    checkpoint = newest_checkpoint(run.work)
+    arguments = trainer_arguments(spec, run, model)
+    with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=Dataset.from_list(fill_batches(rows, spec.batch)),
+            processing_class=tokenizer,
+            callbacks=[Progress(advance)],
         )
-        model = get_peft_model(model, lora)
-        trained = assert_trainable(model)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-        # Training, from the newest complete checkpoint if an earlier run was interrupted.
-        checkpoint = newest_checkpoint(run.work)
-        arguments = trainer_arguments(spec, run.params.hardware, seed, run.work, model)
-        with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
-            trainer = SFTTrainer(
-                model=model,
-                args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-                train_dataset=Dataset.from_list(rows),
-                processing_class=tokenizer,
-                callbacks=[Progress(advance)],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-        # Outputs.
-        columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "grad_norm": "grad_norm"}
-        write_curve(trainer.state.log_history, {**columns, "learning_rate": "learning_rate"}, CURVE)
-        with atomic_folder(SFT_ADAPTER) as folder:
-            save_adapter(adapter_weights(model), adapter_config(model), folder)
-        skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
-        run.say(
-            f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}"
-        )
+    # Outputs.
+    if not trainer.is_world_process_zero():
+        return
+    columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "grad_norm": "grad_norm"}
+    write_curve(trainer.state.log_history, {**columns, "learning_rate": "learning_rate"}, CURVE)
+    with atomic_folder(SFT_ADAPTER) as folder:
+        save_adapter(adapter_weights(model), adapter_config(model), folder)
+    skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
+    run.say(
+        f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}"
+    )
 
 
 def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:

@@ -33,7 +33,14 @@ from stages.core.policy import (
     save_adapter,
 )
 from stages.core.prompts import completion_ids, prompt_ids
-from stages.core.training import COMPLETE, assert_trainable, newest_checkpoint, total_steps, trainer_arguments
+from stages.core.training import (
+    COMPLETE,
+    assert_trainable,
+    fill_batches,
+    newest_checkpoint,
+    total_steps,
+    trainer_arguments,
+)
 
 PROMPT = Prompt(
     chat=False,
@@ -51,7 +58,12 @@ DPO = Dpo(
     select_samples=0, select_max_new_tokens=8,
 )  # fmt: skip
 HARDWARE = Hardware(
-    threads=1, engine="auto", generation_batch=8, per_device_batch=2, gradient_checkpointing=False
+    threads=1,
+    processes=1,
+    engine="auto",
+    generation_batch=8,
+    per_device_batch=2,
+    gradient_checkpointing=False,
 )
 PROBLEMS = [
     {"question": f"Ann has {a} pens and gets {b}. How many?", "answer": f"{a}+{b}={a + b}.\n#### {a + b}"}
@@ -121,7 +133,9 @@ def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return SimpleNamespace(
-        params=SimpleNamespace(sft=SFT, dpo=DPO, prompt=PROMPT, seed=3), work=tmp_path / "work"
+        params=SimpleNamespace(sft=SFT, dpo=DPO, prompt=PROMPT, hardware=HARDWARE, seed=3),
+        work=tmp_path / "work",
+        rows_limit=None,
     )
 
 
@@ -141,7 +155,7 @@ def train_sft(project: SimpleNamespace, base_folder: Path) -> Any:
     """The model after one epoch of SFT, with its adapter."""
     model, tokenizer = fresh_adapter(base_folder)
     rows, _ = sft.build_rows(project, tokenizer)
-    arguments = trainer_arguments(SFT, HARDWARE, 3, project.work, model) | {"save_strategy": "no"}
+    arguments = trainer_arguments(SFT, project, model) | {"save_strategy": "no"}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -172,7 +186,7 @@ def dpo_trainer(
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
     rows, _ = dpo.build_rows(project, tokenizer)
-    arguments = trainer_arguments(DPO, HARDWARE, 3, project.work, model) | {"save_strategy": "no"}
+    arguments = trainer_arguments(DPO, project, model) | {"save_strategy": "no"}
     trainer = dpo.PairTrainer(
         model=model,
         args=DPOConfig(**arguments, beta=DPO.beta, loss_type=["sigmoid"], loss_weights=[1.0]),
@@ -331,19 +345,30 @@ def test_an_unfrozen_base_is_found(base_folder: Path) -> None:
         assert_trainable(model)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("limit", [None, 1])
 def test_the_global_batch_does_not_depend_on_processes(
-    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: SimpleNamespace,
+    base_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    limit: int | None,
 ) -> None:
-    """Micro-batches and accumulation follow from the number of processes; what does not divide is refused."""
+    """Rows at once and accumulation follow from the number of processes and from what memory allows."""
     model, _ = load_base(base_folder)
-    for processes in (1, 2):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        made = trainer_arguments(SFT, HARDWARE, 3, tmp_path, model)
-        micro, accumulation = made["per_device_train_batch_size"], made["gradient_accumulation_steps"]
-        assert micro * accumulation * processes == SFT.batch
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="batch of 4 does not divide over 3 processes"):
-        trainer_arguments(SFT, HARDWARE, 3, tmp_path, model)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    project.rows_limit = limit
+    made = trainer_arguments(SFT, project, model)
+    rows, accumulation = made["per_device_train_batch_size"], made["gradient_accumulation_steps"]
+    assert rows * accumulation * processes == SFT.batch
+    assert rows <= (limit or HARDWARE.per_device_batch)
+
+
+def test_batches_are_filled_up() -> None:
+    """Every row is there, the first ones twice, so that no number of processes fills the last batch its own way."""
+    assert fill_batches([1, 2, 3, 4, 5], 4) == [1, 2, 3, 4, 5, 1, 2, 3]
+    assert fill_batches([1, 2, 3, 4], 4) == [1, 2, 3, 4]
+    assert fill_batches([1], 3) == [1, 1, 1]
     assert total_steps(9, SFT) == 3
 
 

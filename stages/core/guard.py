@@ -29,11 +29,16 @@ def end_with_parent() -> None:
     """
     if "DVC_STAGE" not in os.environ:
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: at once, but by the direct parent only
     parent = os.getppid()
     # A shell that stays between DVC and the stage would live on when DVC is killed: then DVC is watched too.
     starter = _parent_of(parent) if b"-c" in _arguments(parent) else None
+    end_with(parent, starter)
+
+
+def end_with(parent: int, starter: int | None = None) -> None:
+    """Make this process end with its parent process, and with the one that started that, if given."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: at once, but by the direct parent only
     threading.Thread(target=_watch, args=(parent, starter), daemon=True).start()
 
 

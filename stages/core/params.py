@@ -330,13 +330,17 @@ class Evaluate(Section):
     top_p: TopP
 
 
+Auto = Literal["auto"]
+
+
 class Hardware(Section):
     """What may differ between machines without changing what is computed; no stage depends on it."""
 
     threads: Positive | None
-    engine: Literal["auto", "transformers"]
-    generation_batch: Positive
-    per_device_batch: Positive
+    processes: Positive | Auto
+    engine: Literal["auto", "transformers", "continuous", "vllm"]
+    generation_batch: Positive | Auto
+    per_device_batch: Positive | Auto
     gradient_checkpointing: bool
 
 
@@ -368,12 +372,6 @@ class Params(Section):
         for name, arm in self.rollout.arms.items():
             if arm.system and not self.prompt.chat:
                 raise ValueError(f"rollout.arms.{name}.system: a system line needs prompt.chat: true")
-        for key, batch in (("sft.batch", self.sft.batch), ("dpo.batch", self.dpo.batch)):
-            if batch % min(self.hardware.per_device_batch, batch):
-                raise ValueError(
-                    f"{key}: {batch} does not divide into micro-batches of hardware.per_device_batch "
-                    f"({self.hardware.per_device_batch}); make it a multiple"
-                )
         return self
 
 
@@ -385,6 +383,7 @@ class Sections:
 
     def __init__(self, params: Params, names: tuple[str, ...]) -> None:
         self._params = params
+        self.declared = names
         self._names = (*names, "hardware", "profile")
 
     def __getattr__(self, name: str) -> Any:

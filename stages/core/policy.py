@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def load_base(folder: Path = BASE) -> tuple[Any, Any]:
     """Model (in the precision it was saved in, on the GPU when there is one) and tokenizer of a checkpoint folder."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    return model.to(device), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path = BASE) -> Any:
+    """The tokenizer of a checkpoint folder. Raises UserError when it has no pad token of its own."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise UserError(
             f"{folder}: the tokenizer's pad token must exist and differ from its end token; rerun base"
         )
-    return model.to(device), tokenizer
+    return tokenizer
 
 
 def load_policy(adapter: Path | None, base: Path = BASE, trainable: bool = False) -> tuple[Any, Any]:

@@ -48,6 +48,11 @@ class StageRun:
         self.work = work
         self.console = console
         self.facts: dict[str, Any] = {}
+        self.rows_limit: int | None = None  # rows at once in training, once memory ran out with more
+
+    def description(self) -> dict[str, Any]:
+        """What another process needs to take part in this run, as plain data."""
+        return {"name": self.name, "work": str(self.work), "sections": self.params.declared}
 
     def say(self, message: str) -> None:
         """One quiet line about what the stage did."""

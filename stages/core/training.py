@@ -11,34 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.core.errors import UserError
-from stages.core.params import Dpo, Hardware, Sft
+from stages.core.devices import micro_batch
+from stages.core.memory import training_rows
+from stages.core.params import Dpo, Sft
+from stages.core.processes import note_rows
 from stages.core.records import atomic_write
+from stages.core.stage import StageRun
 
 COMPLETE = "complete"  # written into a checkpoint once all of it is on the disk
 
 
-def trainer_arguments(
-    spec: Sft | Dpo, hardware: Hardware, seed: int, work: Path, model: Any
-) -> dict[str, Any]:
+def trainer_arguments(spec: Sft | Dpo, run: StageRun, model: Any) -> dict[str, Any]:
     """Keyword arguments common to TRL's SFTConfig and DPOConfig.
 
-    The global batch stays what the parameters say: micro-batches and accumulation follow from the number
-    of processes. Raises UserError when it does not divide.
+    The global batch stays what the parameters say: the rows a process takes at once and the accumulation
+    follow from the number of processes, `hardware.per_device_batch` and the memory there is.
     """
+    hardware, seed = run.params.hardware, run.params.seed
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(hardware.per_device_batch, spec.batch)
-    if spec.batch % (micro * processes):
-        raise UserError(
-            f"a global batch of {spec.batch} does not divide over {processes} processes x "
-            f"hardware.per_device_batch {micro}; change one of them"
-        )
+    limit = training_rows(model, spec, hardware)
+    if run.rows_limit is not None:
+        limit = min(limit, run.rows_limit)
+    micro = micro_batch(spec.batch, processes, limit)
+    note_rows(run, micro)
     return {
-        "output_dir": str(work / "trainer"),
+        "output_dir": str(run.work / "trainer"),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": spec.batch // (micro * processes),
+        "ddp_find_unused_parameters": False,
         "num_train_epochs": spec.epochs,
         "learning_rate": spec.learning_rate,
         "lr_scheduler_type": "cosine",
@@ -93,7 +96,8 @@ class Progress(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called after the trainer has written a checkpoint."""
+        """Called after the trainer has written a checkpoint; every process writes a part of it."""
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             for path in folder.rglob("*"):
@@ -104,12 +108,12 @@ class Progress(TrainerCallback):
 
 
 def newest_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint of an interrupted run; incomplete ones are removed."""
+    """The newest complete checkpoint of an interrupted run; the first process removes incomplete ones."""
     complete = []
     for folder in (work / "trainer").glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():
             complete.append(folder)
-        else:
+        elif os.environ.get("RANK", "0") == "0":
             shutil.rmtree(folder)
     return max(complete, key=step_of, default=None)
 
@@ -117,6 +121,15 @@ def newest_checkpoint(work: Path) -> Path | None:
 def step_of(checkpoint: Path | None) -> int:
     """The optimizer step a checkpoint folder was written at; 0 for none."""
     return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+
+
+def fill_batches(rows: list[Any], batch: int) -> list[Any]:
+    """The rows, the first ones again until they fill whole global batches.
+
+    Without it the last batch of an epoch would be filled by each number of processes in its own way.
+    """
+    wanted = math.ceil(len(rows) / batch) * batch
+    return [rows[place % len(rows)] for place in range(wanted)]
 
 
 def total_steps(rows: int, spec: Sft | Dpo) -> int:

@@ -35,6 +35,15 @@ class Completion:
     logprob: float
 
 
+def plan(requests: Iterable[Request], size: int) -> list[list[Request]]:
+    """The requests in pieces of at most `size`, short prompts first, those with one prompt side by side.
+
+    The same list gives the same pieces, whichever of them are done and whoever completes them.
+    """
+    ordered = sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
 class Engine(Protocol):
     """Something that can complete requests with one policy."""
 

@@ -1,19 +1,81 @@
-"""The engine a stage generates with."""
+"""The engine a stage generates with: which kind, in how many processes, on how many hosts."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from stages.core.devices import host_processes, launcher
+from stages.core.errors import UserError
 from stages.core.params import Hardware
 from stages.engine.base import Engine
-from stages.engine.transformers_engine import TransformersEngine
+
+
+@contextlib.contextmanager
+def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
+    """An engine for the base model with `adapter` (or none), on every device there is; closed in the end.
+
+    With one device it runs in this process, with several in a process for each, under the ray launcher on the
+    hosts of the cluster. Raises UserError when the profile asks for an engine that this machine has not.
+    """
+    if launcher() == "ray":
+        from stages.engine.ray_engine import RayEngine
+
+        with RayEngine(adapter, hardware) as ray_engine:
+            yield ray_engine
+    elif (count := host_processes(hardware)) > 1:
+        from stages.engine.workers import WorkersEngine
+
+        with WorkersEngine(adapter, hardware, count) as workers:
+            yield workers
+    else:
+        yield load_engine(adapter, hardware)
+
+
+def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
+    """An engine in this process, on its own device, with its own copy of the model."""
+    kind = engine_kind(hardware)
+    if kind == "vllm":
+        from stages.engine.vllm_engine import VllmEngine
+
+        return VllmEngine(adapter)
+    from stages.core.policy import load_policy
+
+    model, tokenizer = load_policy(adapter)
+    return make_engine(model, tokenizer, hardware)
 
 
 def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
-    """The best engine there is for `model` on this machine; it stops at every end token the model declares."""
+    """An engine around a model in memory; it stops at every end token the model declares."""
     ends = model.generation_config.eos_token_id
     end_ids = [
         tokenizer.eos_token_id,
         *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
     ]
-    return TransformersEngine(model, end_ids, tokenizer.pad_token_id, hardware.generation_batch)
+    if engine_kind(hardware) == "transformers" or model.training:
+        from stages.core.memory import generation_batch
+        from stages.engine.transformers_engine import TransformersEngine
+
+        return TransformersEngine(model, end_ids, tokenizer.pad_token_id, generation_batch(model, hardware))
+    from stages.engine.continuous_engine import ContinuousEngine
+
+    return ContinuousEngine(model, end_ids, tokenizer.pad_token_id)
+
+
+def engine_kind(hardware: Hardware) -> str:
+    """`transformers`, `continuous` or `vllm`: what the profile asks for, or the best one there is."""
+    import torch
+
+    have_vllm = importlib.util.find_spec("vllm") is not None
+    if hardware.engine == "vllm" and not have_vllm:
+        raise UserError(
+            "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
+        )
+    if hardware.engine != "auto":
+        return hardware.engine
+    if not torch.cuda.is_available():
+        return "transformers"
+    return "vllm" if have_vllm else "continuous"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from stages.engine.base import Completion, Request
+from stages.engine.base import Completion, Request, plan
 
 LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
 
@@ -31,20 +31,34 @@ class TransformersEngine:
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Same bytes for the same list of requests on the same kind of processor."""
-        # Requests with one prompt lie side by side, so that they share its computation.
-        planned = sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
         training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(planned), self.batch):
-                batch = planned[start : start + self.batch]
+            for batch in plan(requests, self.batch):
                 # A batch partly done is computed whole, because its rows share the arithmetic.
                 if any(request.id not in done for request in batch):
-                    for completion in self._complete(batch):
+                    for completion in self._fitting(batch):
                         if completion.id not in done:
                             yield completion
         finally:
             self.model.train(training)
+
+    def _fitting(self, batch: Sequence[Request]) -> Iterator[Completion]:
+        """Complete a batch, in halves when it does not fit into memory; what was finished stays."""
+        finished: set[str] = set()
+        try:
+            for completion in self._complete(batch):
+                finished.add(completion.id)
+                yield completion
+            return
+        except torch.OutOfMemoryError:
+            rest = [request for request in batch if request.id not in finished]
+            if len(rest) < 2:
+                raise
+        torch.cuda.empty_cache()
+        middle = (len(rest) + 1) // 2
+        yield from self._fitting(rest[:middle])
+        yield from self._fitting(rest[middle:])
 
     @torch.inference_mode()
     def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:

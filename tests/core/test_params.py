@@ -106,16 +106,6 @@ PROFILE_MISTAKES = {
         "  per_question: 8",
         "rollout.per_question: 8 trajectories wanted and 7 arms given",
     ),
-    "an SFT batch that does not divide": (
-        ("batch: 16\n  learning_rate: 5e-4", "batch: 12\n  learning_rate: 5e-4"),
-        "  batch: 12",
-        "sft.batch: 12 does not divide",
-    ),
-    "a DPO batch that does not divide": (
-        ("batch: 16\n  learning_rate: 2.0e-4", "batch: 20\n  learning_rate: 2.0e-4"),
-        "  batch: 20",
-        "dpo.batch: 20 does not divide",
-    ),
     "one arm": (
         ("    two: {style: direct, temperature: 1.0, top_p: 0.9}\n", ""),
         "  arms:",

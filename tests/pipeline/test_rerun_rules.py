@@ -117,6 +117,7 @@ def test_a_comment_reruns_nothing(project: Project, file: str) -> None:
     ("key", "by"),
     [
         ("threads", lambda x: x + 1),
+        ("processes", lambda x: x + 1),
         ("engine", lambda _: "transformers"),
         ("generation_batch", lambda x: x // 2),
         ("per_device_batch", lambda x: x // 2),
@@ -131,7 +132,7 @@ def test_a_hardware_value_reruns_nothing(project: Project, key: str, by: Callabl
 def test_all_hardware_values_were_tried(project: Project) -> None:
     tree = YAML(typ="safe").load((project.root / TINY).read_text(encoding="utf-8"))
     assert {*tree["hardware"]} >= {
-        "threads", "engine", "generation_batch", "per_device_batch", "gradient_checkpointing"
+        "threads", "processes", "engine", "generation_batch", "per_device_batch", "gradient_checkpointing"
     }  # fmt: skip
 
 
