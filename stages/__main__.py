@@ -153,6 +153,65 @@ def runs(versions: Annotated[bool, typer.Option(help="Show package versions too.
     tool.main(versions)
 
 
+@app.command(rich_help_panel=TOOLS)
+def grade(
+    files: Annotated[
+        list[str], typer.Argument(help="JSONL logs, the parts of one; - is the standard input.")
+    ],
+    completion: Annotated[
+        str, typer.Option(help="Field of the text to grade; dots lead inside.")
+    ] = "completion",
+    gold: Annotated[str, typer.Option(help="Field of the right answer.")] = "gold",
+    question: Annotated[str | None, typer.Option(help="Field of the question. [default: question]")] = None,
+    id: Annotated[str | None, typer.Option(help="Field of the question's id. [default: id]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the graded log goes.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Grade a log of completions from anywhere, and print its metrics."""
+    prepare_process()
+    from stages.tools import grade as tool
+
+    tool.main(files, tool.Fields(completion, gold, question, id), out, skip_bad, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def compare(
+    a: Annotated[Path, typer.Argument(help="Graded log, the one before.")],
+    b: Annotated[Path, typer.Argument(help="Graded log, the one after.")],
+    id: Annotated[str, typer.Option(help="Field of the question's id.")] = "id",
+    correct: Annotated[str, typer.Option(help="Field of the verdict.")] = "correct",
+    show: Annotated[
+        tuple[str, int] | None, typer.Option(help="Print some questions: gained or lost, and how many.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
+) -> None:
+    """Compare two graded logs of the same questions, with paired statistics."""
+    prepare_process()
+    from stages.tools import compare as tool
+
+    tool.main(a, b, id, correct, show, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def ask(
+    question: Annotated[
+        str | None, typer.Argument(help="The question; - reads stdin; without one, a prompt.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="base, sft or dpo")] = "dpo",
+    temperature: Annotated[float, typer.Option(help="0 is greedy: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn above temperature 0.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where it is cut. [default: the evaluation's]")
+    ] = None,
+) -> None:
+    """Put a question to a policy, and see its solution as it is written."""
+    _begin()
+    from stages.tools import ask as tool
+
+    tool.main(question, policy, temperature, seed, max_new_tokens)
+
+
 def _begin(network: bool = False) -> None:
     """Settle the process, and check all parameters before the slow imports."""
     prepare_process(network)
