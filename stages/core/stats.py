@@ -345,9 +345,10 @@ class Summary:
                 out |= _interval_keys(name, float(np.mean(values)), bootstrap_interval(values, seed))
         # How they ended and how long they are is said only when every row tells.
         if self.counts["finish"] == n:
-            out |= {name: self.counts[name] / n for name in ("end_token", "truncated")}
+            for name in ("end_token", "truncated"):
+                out |= _interval_keys(name, self.counts[name] / n, wilson(self.counts[name], n))
         for name in ("leak", "second_answer", "no_answer", "empty", "repeats"):
-            out[name] = self.counts[name] / n
+            out |= _interval_keys(name, self.counts[name] / n, wilson(self.counts[name], n))
         if self.tokens.total() == n:
             out["tokens_mean"] = sum(length * count for length, count in self.tokens.items()) / n
             out["tokens_p95"] = percentile(self.tokens, 95)
@@ -369,8 +370,8 @@ def percentile(counts: Mapping[int, int], percent: float) -> float:
 def summarise(rows: Iterable[Row], seed: int) -> dict[str, float | int]:
     """The metrics of one policy from its evaluated rows: one flat dict, nothing rounded.
 
-    `accuracy` and `flexible` have Wilson intervals; mean, majority, pass and agreement of the samples have
-    bootstrap intervals by question (`_low`, `_high`). Health is counted on the greedy completions.
+    `accuracy`, `flexible` and the health, counted on the greedy completions, have Wilson intervals; mean,
+    majority, pass and agreement of the samples have bootstrap intervals by question (`_low`, `_high`).
     Raises UserError when there are no rows, or when questions have different numbers of samples.
     """
     summary = Summary()

@@ -327,6 +327,8 @@ def test_summarise_counts_and_intervals() -> None:
         for key in ("end_token", "truncated", "leak", "second_answer", "no_answer", "empty", "repeats")
     ]
     assert health == [0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0]
+    assert (made["leak_low"], made["leak_high"]) == stats.wilson(1, 10)
+    assert (made["end_token_low"], made["end_token_high"]) == stats.wilson(9, 10)
     assert made["tokens_p95"] == np.percentile([r["tokens"] for r in rows], 95)
     assert made == stats.summarise(rows, seed=1)
     assert all(isinstance(value, (int, float)) for value in made.values())
@@ -352,7 +354,11 @@ def test_summaries_of_parts_make_that_of_the_whole(cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "names"), [("finish", {"end_token", "truncated"}), ("tokens", {"tokens_mean", "tokens_p95"})]
+    ("field", "names"),
+    [
+        ("finish", {f"{name}{end}" for name in ("end_token", "truncated") for end in ("", "_low", "_high")}),
+        ("tokens", {"tokens_mean", "tokens_p95"}),
+    ],
 )
 def test_what_a_row_does_not_tell_is_left_out(field: str, names: set[str]) -> None:
     """Logs from elsewhere: a rate over some of the rows would be taken for one over all of them."""
