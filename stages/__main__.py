@@ -210,6 +210,57 @@ def ask(
     from stages.tools import ask as tool
 
     tool.main(question, policy, temperature, seed, max_new_tokens)
+def explain(
+    question_id: Annotated[str, typer.Argument(help="A question's id, such as train-00017.")],
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
+        "data/regime_w_rollouts.jsonl"
+    ),
+    pairs: Annotated[
+        Path | None, typer.Option(help="Pairs [default: data/coherence_preferences.jsonl]")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Show the texts too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
+) -> None:
+    """Show one question: what was read of its trajectories, their scores, rewards and pairs."""
+    prepare_process()
+    from stages.tools import explain as tool
+
+    tool.main(question_id, rollouts, pairs, text, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def pairs(
+    sample: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 5,
+    kind: Annotated[str | None, typer.Option(help="coherence or correctness; both otherwise.")] = None,
+    question: Annotated[str | None, typer.Option(help="Only pairs of this question's id.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other pairs.")] = 0,
+    pairs: Annotated[Path, typer.Option(help="The file of pairs.")] = Path(
+        "data/coherence_preferences.jsonl"
+    ),
+) -> None:
+    """Show some preference pairs side by side, with what differs marked."""
+    prepare_process()
+    from stages.tools import pairs as tool
+
+    tool.main(pairs, sample, kind, question, seed)
+
+
+@app.command(rich_help_panel=TOOLS)
+def suspects(
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
+        "data/regime_w_rollouts.jsonl"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="How many questions to show.")] = 20,
+    from_: Annotated[
+        float | None, typer.Option("--from", min=0, max=1, help="Threshold [default: regime_w.suspect_from]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
+) -> None:
+    """List the questions whose gold label is suspect, with the evidence."""
+    prepare_process()
+    from stages.tools import suspects as tool
+
+    tool.main(rollouts, limit, from_, as_json)
 
 
 def _begin(network: bool = False) -> None:
