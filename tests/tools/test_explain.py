@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,23 @@ def test_manifest_of_something_else(workplace: Path) -> None:
     write_json(Path("data/regime_w_rollouts.manifest.json"), {"params": {}})
     assert picture()["reward_params_from"] == "params.yaml"
     assert read_json(Path("data/regime_w_rollouts.manifest.json")) == {"params": {}}
+
+
+def test_command_line(workplace: Path) -> None:
+    """The three tools answer without torch; a wrong id is one line and exit status 1."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\nfrom stages.__main__ import main\n"
+        "try: main()\nfinally: assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    repo = Path(__file__).resolve().parents[2]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, repo, *words], capture_output=True, text=True)
+
+    assert json.loads(run("explain", "ann", "--json").stdout)["id"] == "ann"
+    assert "1 of 1, 1 in all" in run("pairs", "--kind", "coherence").stdout
+    assert run("suspects", "--from", "0.25").stdout.startswith("0 of 2 questions have a suspicion of 0.25 or")
+    wrong = run("explain", "anne")
+    assert wrong.returncode == 1 and wrong.stdout == ""
+    assert wrong.stderr.startswith("error: data/regime_w_rollouts.jsonl: no question 'anne'")
+    assert wrong.stderr.count("\n") == 1

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from stages import coherence
 from stages.core.errors import UserError
-from stages.core.records import write_jsonl
+from stages.core.records import read_json, write_jsonl
+from stages.regime_w import signals
 from stages.tools import suspects
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
@@ -141,6 +143,26 @@ def test_planted(file: Path) -> None:
     )
     assert re.search(r"^ +> 0\.5 +2 of 4 +50\.0% +1 of 10 +10\.0%", text, re.MULTILINE)
     assert "p0  suspicion 1.000  gold 5, instead 10  planted" in text
+
+
+def test_on_what_the_stage_writes(file: Path) -> None:
+    """Scored by the coherence stage: the same count as in its metrics, the same answer, and all who agree."""
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("scorer: scorer.py", f"scorer: {signals.__file__}"))
+    groups = {"bad": [RIGHT, RIGHT, OTHER_WAY, WRONG], "odd": [RIGHT, OTHER_WAY, UNSOUND, UNSOUND]}
+    groups |= {"worse": [RIGHT, RIGHT, RIGHT, "#### 7"], "good": [WRONG] * 4}
+    rows = [question(name, texts, 0.0) for name, texts in groups.items()]
+    write_jsonl(Path("in.jsonl"), [row | {"planted": row["id"] == "worse"} for row in rows])
+    coherence.main(Path("in.jsonl"), Path("out.jsonl"), Path("m.json"), Path("plots"), processes=1)
+    found = suspects.find_suspects(Path("out.jsonl"), 20, 0.5)
+    counts = read_json(Path("m.json"))["suspects"]
+    assert counts["questions"] == found["suspects"] == 1
+    own = next(row for row in found["planted"] if row["threshold"] == 0.5)
+    assert (counts["planted"], counts["found"]) == (own["planted"], own["found"]) == (1, 1)
+    for row in suspects.find_suspects(Path("out.jsonl"), 20, 0.0)["listed"]:
+        assert row["suspicion"] == (row["agree"] - row["give_gold"]) / row["trajectories"]
+        assert row["answer"] == "10"
+    assert listed(Path("out.jsonl"), threshold=0.0) == ["worse", "bad"]
 
 
 def test_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
