@@ -153,6 +153,116 @@ def runs(versions: Annotated[bool, typer.Option(help="Show package versions too.
     tool.main(versions)
 
 
+@app.command(rich_help_panel=TOOLS)
+def grade(
+    files: Annotated[
+        list[str], typer.Argument(help="JSONL logs, the parts of one; - is the standard input.")
+    ],
+    completion: Annotated[
+        str, typer.Option(help="Field of the text to grade; dots lead inside.")
+    ] = "completion",
+    gold: Annotated[str, typer.Option(help="Field of the right answer.")] = "gold",
+    question: Annotated[str | None, typer.Option(help="Field of the question. [default: question]")] = None,
+    id: Annotated[str | None, typer.Option(help="Field of the question's id. [default: id]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the graded log goes.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Grade a log of completions from anywhere, and print its metrics."""
+    prepare_process()
+    from stages.tools import grade as tool
+
+    tool.main(files, tool.Fields(completion, gold, question, id), out, skip_bad, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def compare(
+    a: Annotated[Path, typer.Argument(help="Graded log, the one before.")],
+    b: Annotated[Path, typer.Argument(help="Graded log, the one after.")],
+    id: Annotated[str, typer.Option(help="Field of the question's id.")] = "id",
+    correct: Annotated[str, typer.Option(help="Field of the verdict.")] = "correct",
+    show: Annotated[
+        tuple[str, int] | None, typer.Option(help="Print some questions: gained or lost, and how many.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
+) -> None:
+    """Compare two graded logs of the same questions, with paired statistics."""
+    prepare_process()
+    from stages.tools import compare as tool
+
+    tool.main(a, b, id, correct, show, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def ask(
+    question: Annotated[
+        str | None, typer.Argument(help="The question; - reads stdin; without one, a prompt.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="base, sft or dpo")] = "dpo",
+    temperature: Annotated[float, typer.Option(help="0 is greedy: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn above temperature 0.")] = 0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Where it is cut. [default: the evaluation's]")
+    ] = None,
+) -> None:
+    """Put a question to a policy, and see its solution as it is written."""
+    _begin()
+    from stages.tools import ask as tool
+
+    tool.main(question, policy, temperature, seed, max_new_tokens)
+def explain(
+    question_id: Annotated[str, typer.Argument(help="A question's id, such as train-00017.")],
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
+        "data/regime_w_rollouts.jsonl"
+    ),
+    pairs: Annotated[
+        Path | None, typer.Option(help="Pairs [default: data/coherence_preferences.jsonl]")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Show the texts too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
+) -> None:
+    """Show one question: what was read of its trajectories, their scores, rewards and pairs."""
+    prepare_process()
+    from stages.tools import explain as tool
+
+    tool.main(question_id, rollouts, pairs, text, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def pairs(
+    sample: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 5,
+    kind: Annotated[str | None, typer.Option(help="coherence or correctness; both otherwise.")] = None,
+    question: Annotated[str | None, typer.Option(help="Only pairs of this question's id.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other pairs.")] = 0,
+    pairs: Annotated[Path, typer.Option(help="The file of pairs.")] = Path(
+        "data/coherence_preferences.jsonl"
+    ),
+) -> None:
+    """Show some preference pairs side by side, with what differs marked."""
+    prepare_process()
+    from stages.tools import pairs as tool
+
+    tool.main(pairs, sample, kind, question, seed)
+
+
+@app.command(rich_help_panel=TOOLS)
+def suspects(
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
+        "data/regime_w_rollouts.jsonl"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="How many questions to show.")] = 20,
+    from_: Annotated[
+        float | None, typer.Option("--from", min=0, max=1, help="Threshold [default: regime_w.suspect_from]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
+) -> None:
+    """List the questions whose gold label is suspect, with the evidence."""
+    prepare_process()
+    from stages.tools import suspects as tool
+
+    tool.main(rollouts, limit, from_, as_json)
+
+
 def _begin(network: bool = False) -> None:
     """Settle the process, and check all parameters before the slow imports."""
     prepare_process(network)

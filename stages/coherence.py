@@ -200,19 +200,13 @@ class _Batch:
                 f"question '{name}': its gold {record['gold']!r:.60} is no number; correct the file"
             )
         trajectories = record["trajectories"]
-        views = []
-        for index, trajectory in enumerate(trajectories):
-            text = trajectory.get("text") if isinstance(trajectory, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"question '{name}': trajectory {index} needs a field 'text' of type str")
-            reading = read_answer(text, question)
-            views.append({**trajectory, "text": text[reading.start : reading.end], "answer": reading.answer})
+        views = read_views(name, question, trajectories)
         analysis = signals.analyse_group(question, views)
         score = (
             analysis.score(self.weights) if self.scorer is None else self.foreign_score(name, question, views)
         )
         means = {key: score.mean(key) for key in SIGNALS}
-        golds = _gold_trace(record.get("solution"), analysis.numbers)
+        golds = gold_trace(record.get("solution"), analysis.numbers)
         scored = []
         for index, (trajectory, trace) in enumerate(zip(trajectories, analysis.traces, strict=True)):
             correct = same_answer(trace.answer, gold)
@@ -254,7 +248,22 @@ class _Batch:
         return checked_score(score, len(views), self.path, name)
 
 
-def _gold_trace(solution: Any, numbers: list[signals.Number]) -> signals.Trace | None:
+def read_views(name: str, question: str, trajectories: list[Any]) -> list[dict[str, Any]]:
+    """Trajectories as a scorer gets them: `text` cut to the solution, `answer` as read from it.
+
+    Raises UserError naming question and trajectory when one has no text.
+    """
+    views = []
+    for index, trajectory in enumerate(trajectories):
+        text = trajectory.get("text") if isinstance(trajectory, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"question '{name}': trajectory {index} needs a field 'text' of type str")
+        reading = read_answer(text, question)
+        views.append({**trajectory, "text": text[reading.start : reading.end], "answer": reading.answer})
+    return views
+
+
+def gold_trace(solution: Any, numbers: list[signals.Number]) -> signals.Trace | None:
     """The gold solution's own counterfactuals; None when there is no solution text."""
     if not isinstance(solution, str) or not solution.strip():
         return None

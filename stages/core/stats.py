@@ -6,8 +6,12 @@ docs/evaluation.md says in plain words what each number means.
 
 from __future__ import annotations
 
+import itertools
+from array import array
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, comb, lcm, sqrt
 from statistics import NormalDist
@@ -218,16 +222,20 @@ def agreement(samples: Sequence[Row]) -> float:
     return sum(count * (count - 1) for count in votes.values()) / (len(samples) * (len(samples) - 1))
 
 
-def _samples_each(rows: Sequence[Row]) -> int:
-    """Samples a question; 0 when none were drawn. UserError when questions differ."""
-    sizes = {len(row.get("samples") or ()) for row in rows}
-    if len(sizes) > 1:
-        odd = next(row for row in rows if len(row.get("samples") or ()) != max(sizes))
+def _samples_of(row: Row) -> int:
+    return len(row.get("samples") or ())
+
+
+def _one_size(first: Mapping[int, Any]) -> int:
+    """Samples a question, from the first id seen of each size; 0 for none. UserError when questions differ."""
+    if len(first) > 1:
+        most = max(first)
+        size, odd = next((size, key) for size, key in first.items() if size != most)
         raise UserError(
-            f"question {odd['id']!r} has {len(odd.get('samples') or ())} samples "
-            f"where another has {max(sizes)}: every question needs the same number; evaluate again"
+            f"question {odd!r} has {size} samples "
+            f"where another has {most}: every question needs the same number; evaluate again"
         )
-    return sizes.pop()
+    return next(iter(first))
 
 
 def _right(row: Row) -> int:
@@ -245,6 +253,10 @@ def repeats(text: str) -> bool:
     come from the prefix function (Knuth, Morris & Pratt 1977) of the last 3,000 characters, reversed.
     """
     tail = text.rstrip()[-3000:][::-1]
+    if (
+        tail.find(tail[:40], 1) < 0
+    ):  # in a loop, two thirds or more of the 60 characters come one copy earlier
+        return False
     border = [0] * len(tail)
     matched = 0
     for i in range(1, len(tail)):
@@ -262,53 +274,110 @@ def _interval_keys(name: str, value: float, interval: tuple[float, float]) -> di
     return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
-def summarise(rows: Sequence[Row], seed: int) -> dict[str, float | int]:
+class Summary:
+    """The metrics of one policy, counted row by row: a log of any length needs little memory.
+
+    What grows is 20 bytes for each question with samples, and one counter for each length in tokens.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.tokens: Counter[int] = Counter()
+        self.sizes: dict[int, Any] = {}  # samples a question -> the first id that has so many
+        self.right, self.majority, self.agreement = array("i"), array("d"), array("d")
+
+    def add(self, row: Row) -> None:
+        """Count one graded row; `tokens` and `finish` may be absent, and so may `id` and `samples`."""
+        counts = self.counts
+        counts["questions"] += 1
+        counts["correct"] += bool(row["correct"])
+        counts["flexible_correct"] += bool(row["flexible_correct"])
+        counts["leak"] += bool(row["leak"])
+        counts["second_answer"] += row["answers_found"] > 1
+        counts["no_answer"] += row["answer"] is None
+        counts["empty"] += not row["completion"].strip()
+        counts["repeats"] += repeats(row["completion"])
+        if "finish" in row:
+            counts["finish"] += 1
+            counts["end_token"] += row["finish"] == "stop"
+            counts["truncated"] += row["finish"] == "length"
+        if "tokens" in row:
+            self.tokens[row["tokens"]] += 1
+        size = _samples_of(row)
+        self.sizes.setdefault(size, row.get("id"))
+        if size:
+            self.right.append(_right(row))
+            self.majority.append(majority(row["samples"]))
+            self.agreement.append(agreement(row["samples"]))
+
+    def update(self, other: Summary) -> None:
+        """Add what another summary counted in the rows after this one's."""
+        self.counts.update(other.counts)
+        self.tokens.update(other.tokens)
+        for size, first in other.sizes.items():
+            self.sizes.setdefault(size, first)
+        self.right += other.right
+        self.majority += other.majority
+        self.agreement += other.agreement
+
+    def metrics(self, seed: int) -> dict[str, float | int]:
+        """One flat dict, nothing rounded; see `summarise`."""
+        n = self.counts["questions"]
+        if not n:
+            raise UserError("nothing to summarise: the evaluation has no rows")
+        out: dict[str, float | int] = {}
+        for name, field in (("accuracy", "correct"), ("flexible", "flexible_correct")):
+            right = self.counts[field]
+            out |= _interval_keys(name, right / n, wilson(right, n))
+        k = _one_size(self.sizes)
+        if k:
+            per_question: dict[str, Sequence[float]] = {
+                f"mean_at_{k}": [right / k for right in self.right],
+                f"maj_at_{k}": self.majority,
+                f"pass_at_{k}": [pass_at_k(k, right, k) for right in self.right],
+                f"pass_hat_{k}": [pass_hat_k(k, right, k) for right in self.right],
+                "agreement": self.agreement,
+            }
+            # Between one sample and all of them the unbiased estimate differs from a plain count.
+            if k > 2:
+                per_question[f"pass_at_{k // 2}"] = [pass_at_k(k, right, k // 2) for right in self.right]
+            for name, values in per_question.items():
+                out |= _interval_keys(name, float(np.mean(values)), bootstrap_interval(values, seed))
+        # How they ended and how long they are is said only when every row tells.
+        if self.counts["finish"] == n:
+            for name in ("end_token", "truncated"):
+                out |= _interval_keys(name, self.counts[name] / n, wilson(self.counts[name], n))
+        for name in ("leak", "second_answer", "no_answer", "empty", "repeats"):
+            out |= _interval_keys(name, self.counts[name] / n, wilson(self.counts[name], n))
+        if self.tokens.total() == n:
+            out["tokens_mean"] = sum(length * count for length, count in self.tokens.items()) / n
+            out["tokens_p95"] = percentile(self.tokens, 95)
+        return out | {"questions": n}
+
+
+def percentile(counts: Mapping[int, int], percent: float) -> float:
+    """The percentile of whole numbers, from how often each was seen: numpy's (linear), without the list."""
+    values = sorted(counts)
+    last = list(itertools.accumulate(counts[value] for value in values))  # rank + 1 of each value's last
+    place = (last[-1] - 1) * (percent / 100)
+    rank = int(place)
+    low, high = (values[bisect_right(last, min(i, last[-1] - 1))] for i in (rank, rank + 1))
+    share = place - rank
+    # From the nearer end, as numpy rounds it.
+    return low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
+
+
+def summarise(rows: Iterable[Row], seed: int) -> dict[str, float | int]:
     """The metrics of one policy from its evaluated rows: one flat dict, nothing rounded.
 
-    `accuracy` and `flexible` have Wilson intervals; mean, majority, pass and agreement of the samples have
-    bootstrap intervals by question (`_low`, `_high`). Health is counted on the greedy completions.
+    `accuracy`, `flexible` and the health, counted on the greedy completions, have Wilson intervals; mean,
+    majority, pass and agreement of the samples have bootstrap intervals by question (`_low`, `_high`).
     Raises UserError when there are no rows, or when questions have different numbers of samples.
     """
-    if not rows:
-        raise UserError("nothing to summarise: the evaluation has no rows")
-    n = len(rows)
-    out: dict[str, float | int] = {}
-    for name, field in (("accuracy", "correct"), ("flexible", "flexible_correct")):
-        right = sum(bool(row[field]) for row in rows)
-        out |= _interval_keys(name, right / n, wilson(right, n))
-    k = _samples_each(rows)
-    if k:
-        right_each = [_right(row) for row in rows]
-        per_question = {
-            f"mean_at_{k}": [right / k for right in right_each],
-            f"maj_at_{k}": [majority(row["samples"]) for row in rows],
-            f"pass_at_{k}": [pass_at_k(k, right, k) for right in right_each],
-            f"pass_hat_{k}": [pass_hat_k(k, right, k) for right in right_each],
-            "agreement": [agreement(row["samples"]) for row in rows],
-        }
-        if (
-            k > 2
-        ):  # between one sample and all of them, where the unbiased estimate differs from a plain count
-            per_question[f"pass_at_{k // 2}"] = [pass_at_k(k, right, k // 2) for right in right_each]
-        for name, values in per_question.items():
-            out |= _interval_keys(name, float(np.mean(values)), bootstrap_interval(values, seed))
-    tokens = [row["tokens"] for row in rows]
-    shares = {
-        "end_token": sum(row["finish"] == "stop" for row in rows),
-        "truncated": sum(row["finish"] == "length" for row in rows),
-        "leak": sum(bool(row["leak"]) for row in rows),
-        "second_answer": sum(row["answers_found"] > 1 for row in rows),
-        "no_answer": sum(row["answer"] is None for row in rows),
-        "empty": sum(not row["completion"].strip() for row in rows),
-        "repeats": sum(repeats(row["completion"]) for row in rows),
-    }
-    out |= {name: count / n for name, count in shares.items()}
-    out |= {
-        "tokens_mean": float(np.mean(tokens)),
-        "tokens_p95": float(np.percentile(tokens, 95)),
-        "questions": n,
-    }
-    return out
+    summary = Summary()
+    for row in rows:
+        summary.add(row)
+    return summary.metrics(seed)
 
 
 def health_warnings(metrics: Mapping[str, Any], name: str) -> list[str]:
@@ -374,44 +443,68 @@ def compare(
     if not shared:
         raise UserError(f"{name_a} and {name_b} share no question id: there is nothing to pair")
     pairs = [(a_index[key], b_index[key]) for key in shared]
-    n = len(pairs)
-    changes = [bool(b["correct"]) - bool(a["correct"]) for a, b in pairs]
-    gained, lost = changes.count(1), changes.count(-1)
+    sides = []
+    for index, rows in ((a_index, [a for a, _ in pairs]), (b_index, [b for _, b in pairs])):
+        first: dict[int, Any] = {}
+        for row in rows:
+            first.setdefault(_samples_of(row), row["id"])
+        k = _one_size(first)
+        right = np.array([_right(row) for row in rows], dtype=np.int64) if k else None
+        correct = np.array([bool(row["correct"]) for row in rows])
+        sides.append(Side(correct, len(index) - len(shared), k, right))
+    same = sum(a.get("completion") == b.get("completion") is not None for a, b in pairs)
+    return compare_sides(sides[0], sides[1], same, name_a, name_b, seed)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One policy in a paired comparison: a value a shared question, in the same order on both sides."""
+
+    correct: NDArray[np.bool_]  # of the greedy answer
+    alone: int  # questions that the other side lacks
+    samples: int  # a question; 0 when none were drawn
+    right: NDArray[np.int64] | None  # correct samples of each question; None without samples
+
+
+def compare_sides(
+    a: Side, b: Side, identical: int | None, name_a: str = "A", name_b: str = "B", seed: int = 0
+) -> dict[str, Any]:
+    """As `compare`, from the verdicts alone; `identical` completions are None when they cannot be known."""
+    n = len(a.correct)
+    changes = b.correct.astype(np.int64) - a.correct
+    gained, lost = int((changes == 1).sum()), int((changes == -1).sum())
     p = mcnemar_p(gained, lost)
     visible = smallest_visible_difference(n, (gained + lost) / n)
     out: dict[str, Any] = {
         "questions": n,
-        "only_a": len(a_index) - n,
-        "only_b": len(b_index) - n,
-        "accuracy_a": sum(bool(a["correct"]) for a, _ in pairs) / n,
-        "accuracy_b": sum(bool(b["correct"]) for _, b in pairs) / n,
-        **_interval_keys("difference", (gained - lost) / n, bootstrap_interval(changes, seed)),
+        "only_a": a.alone,
+        "only_b": b.alone,
+        "accuracy_a": int(a.correct.sum()) / n,
+        "accuracy_b": int(b.correct.sum()) / n,
+        **_interval_keys(
+            "difference", (gained - lost) / n, bootstrap_interval(changes.astype(np.float64), seed)
+        ),
         "p": p,
         "gained": gained,
         "lost": lost,
-        "identical_completions": sum(
-            a.get("completion") == b.get("completion") is not None for a, b in pairs
-        ),
+        "identical_completions": identical,
         "smallest_visible": visible,
         "verdict": verdict((gained - lost) / n, p, visible, name_a, name_b),
     }
-    k_a, k_b = _samples_each([a for a, _ in pairs]), _samples_each([b for _, b in pairs])
-    if not (k_a and k_b):
+    if a.right is None or b.right is None:
         return out
-    unit = lcm(k_a, k_b)
-    steps = np.array(
-        [_right(b) * (unit // k_b) - _right(a) * (unit // k_a) for a, b in pairs], dtype=np.int64
-    )
+    unit = lcm(a.samples, b.samples)
+    steps = b.right * (unit // b.samples) - a.right * (unit // a.samples)
     mean_p = sign_flip_p(steps, seed)
     difference = float(steps.sum() / (unit * n))
     # Normal approximation: (z of a two-sided alpha + z of the power) standard errors.
     z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
     mean_visible = z * float(np.std(steps / unit)) / sqrt(n) or None
     return out | {
-        "samples_a": k_a,
-        "samples_b": k_b,
-        "mean_a": sum(_right(a) for a, _ in pairs) / (k_a * n),
-        "mean_b": sum(_right(b) for _, b in pairs) / (k_b * n),
+        "samples_a": a.samples,
+        "samples_b": b.samples,
+        "mean_a": int(a.right.sum()) / (a.samples * n),
+        "mean_b": int(b.right.sum()) / (b.samples * n),
         **_interval_keys("mean_difference", difference, bootstrap_interval(steps / unit, seed)),
         "mean_p": mean_p,
         "mean_smallest_visible": mean_visible,

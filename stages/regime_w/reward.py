@@ -18,6 +18,21 @@ class RewardParams:
     length_limit: int = 512
 
 
+@dataclass(slots=True, frozen=True)
+class RewardParts:
+    """What a reward is the sum of; `length` is 0 or negative."""
+
+    coherence: float
+    correct: float
+    consensus: float
+    length: float
+
+    @property
+    def total(self) -> float:
+        """The reward."""
+        return self.coherence + self.correct + self.consensus + self.length
+
+
 def reward(
     correct: bool,
     s_wm: float,
@@ -26,7 +41,19 @@ def reward(
     tokens: int | None,
     params: RewardParams,
 ) -> float:
-    """The reward of DESIGN's formula:
+    """The sum of `reward_parts`."""
+    return reward_parts(correct, s_wm, question_s_wm, question_s_end, tokens, params).total
+
+
+def reward_parts(
+    correct: bool,
+    s_wm: float,
+    question_s_wm: float,
+    question_s_end: float,
+    tokens: int | None,
+    params: RewardParams,
+) -> RewardParts:
+    """The parts of the reward of DESIGN's formula:
 
         alpha*correct + beta*(S + kappa*(s_wm - S)) + gamma*[correct and s_end > consensus]
             - length_penalty*max(0, tokens - length_limit)
@@ -35,11 +62,10 @@ def reward(
     which all trajectories of a question share one coherence. `tokens` None (a file from
     elsewhere) costs nothing.
     """
-    value = params.beta * (question_s_wm + params.kappa * (s_wm - question_s_wm))
-    if correct:
-        value += params.alpha
-        if question_s_end > params.consensus:
-            value += params.gamma
-    if tokens is not None and tokens > params.length_limit:
-        value -= params.length_penalty * (tokens - params.length_limit)
-    return value
+    excess = 0 if tokens is None else max(0, tokens - params.length_limit)
+    return RewardParts(
+        coherence=params.beta * (question_s_wm + params.kappa * (s_wm - question_s_wm)),
+        correct=params.alpha if correct else 0.0,
+        consensus=params.gamma if correct and question_s_end > params.consensus else 0.0,
+        length=-params.length_penalty * excess if excess else 0.0,
+    )

@@ -282,6 +282,23 @@ def test_repeats_property(head: str, block: str, copies: int) -> None:
         assert stats.repeats(text)
 
 
+@given(
+    st.text(alphabet="ab ", max_size=30),
+    st.text(alphabet="abc 1", min_size=1, max_size=40),
+    st.integers(0, 6),
+    st.text(alphabet="abc 1", max_size=3),
+)
+def test_repeats_is_its_definition(head: str, block: str, copies: int, end: str) -> None:
+    """The same as trying every length of 60 or more and every period of up to a third of it."""
+    text = (head + block * copies + end).rstrip()
+    looping = any(
+        text[-length:-period] == text[-length + period :]
+        for length in range(60, len(text) + 1)
+        for period in range(1, length // 3 + 1)
+    )
+    assert stats.repeats(text) == looping
+
+
 def test_repeats_is_linear(ends_soon: Callable[[Callable[[], object]], bool]) -> None:
     """Periodic text almost everywhere is the worst case of naive searches."""
     text = ("a" * 997 + "b") * 2000 + "c" + "ab" * 20
@@ -310,9 +327,45 @@ def test_summarise_counts_and_intervals() -> None:
         for key in ("end_token", "truncated", "leak", "second_answer", "no_answer", "empty", "repeats")
     ]
     assert health == [0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0]
+    assert (made["leak_low"], made["leak_high"]) == stats.wilson(1, 10)
+    assert (made["end_token_low"], made["end_token_high"]) == stats.wilson(9, 10)
     assert made["tokens_p95"] == np.percentile([r["tokens"] for r in rows], 95)
     assert made == stats.summarise(rows, seed=1)
     assert all(isinstance(value, (int, float)) for value in made.values())
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=200), st.sampled_from([0, 5, 50, 95, 100]))
+def test_percentile_is_numpys_to_the_last_bit(lengths: list[int], percent: int) -> None:
+    counts = {length: lengths.count(length) for length in lengths}
+    assert stats.percentile(counts, percent) == np.percentile(lengths, percent)
+
+
+@given(st.integers(0, 12))
+def test_summaries_of_parts_make_that_of_the_whole(cut: int) -> None:
+    """A log graded in pieces, each by another process, gives the same numbers to the last bit."""
+    rows = [row(i, i % 3 > 0, [i % 2 == 0, i % 5 > 0, True], tokens=7 * i % 11) for i in range(12)]
+    first, second = stats.Summary(), stats.Summary()
+    for one in rows[:cut]:
+        first.add(one)
+    for one in rows[cut:]:
+        second.add(one)
+    first.update(second)
+    assert first.metrics(seed=3) == stats.summarise(rows, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [
+        ("finish", {f"{name}{end}" for name in ("end_token", "truncated") for end in ("", "_low", "_high")}),
+        ("tokens", {"tokens_mean", "tokens_p95"}),
+    ],
+)
+def test_what_a_row_does_not_tell_is_left_out(field: str, names: set[str]) -> None:
+    """Logs from elsewhere: a rate over some of the rows would be taken for one over all of them."""
+    rows = [row(i, True) for i in range(5)]
+    whole = stats.summarise(rows, seed=0)
+    del rows[3][field]
+    assert whole.keys() - stats.summarise(rows, seed=0).keys() == names
 
 
 def test_summarise_without_samples_says_nothing_of_samples() -> None:

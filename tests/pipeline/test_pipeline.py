@@ -38,7 +38,7 @@ STAGES = [
     "headline",
     "report",
 ]
-TOOLS = ["check", "results", "runs"]
+TOOLS = ["check", "results", "runs", "grade", "compare", "ask"]
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,307 @@
+"""grade: logs of any shape get the pipeline's own verdicts, in pieces, and a bad line is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from stages.core.errors import UserError
+from stages.core.stats import summarise, wilson
+from stages.tools import grade
+from stages.tools.grade import Fields
+
+REPO = Path(__file__).resolve().parents[2]
+PUBLISHED = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
+MODELS = {"6b_finetuning": 286, "6b_verification": 515, "175b_finetuning": 458, "175b_verification": 742}
+
+
+def write(path: Path, records: list[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics_of(capsys: pytest.CaptureFixture[str], *files: str, **options: Any) -> dict[str, Any]:
+    grade.main(files, options.pop("fields", Fields()), as_json=True, **options)
+    return json.loads(capsys.readouterr().out)
+
+
+def shown(*files: str, **options: Any) -> str:
+    stream = io.StringIO()
+    grade.main(files, options.pop("fields", Fields()), **options, console=Console(file=stream, width=80))
+    return stream.getvalue()
+
+
+# --- verdicts
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the shared GSM8K files are not on this machine")
+@pytest.mark.parametrize(("model", "right"), MODELS.items())
+def test_every_published_verdict(
+    model: str, right: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenAI's own verdicts on 1,319 solutions by each of four models."""
+    out = tmp_path / "graded.jsonl"
+    fields = Fields(f"{model}.solution", "ground_truth")
+    metrics = metrics_of(capsys, str(PUBLISHED), fields=fields, out=out)
+    graded = rows_of(out)
+    assert len(graded) == metrics["questions"] == 1319
+    assert [row["correct"] for row in graded] == [row[model]["is_correct"] for row in graded]
+    assert metrics["accuracy"] == right / 1319
+    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == wilson(right, 1319)
+
+
+LM_EVAL = {
+    "doc_id": 7,
+    "doc": {"question": "How many eggs?", "answer": "16 - 3 = 13\n#### 13"},
+    "target": "13",
+    "arguments": {"gen_args_0": {"arg_0": "Question: How many eggs?\nAnswer:"}},
+    "resps": [["There are 13.\nThe answer is 13."]],
+    "filtered_resps": ["13"],
+    "filter": "strict-match",
+    "exact_match": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("record", "fields"),
+    [
+        (LM_EVAL, Fields("resps", "target", "doc.question", "doc_id")),
+        (LM_EVAL, Fields("resps.0.0", "doc.answer", "doc.question", "doc_id")),
+        ({"q": "How many eggs?", "text": "#### 13", "n": 13, "k": 7}, Fields("text", "n", "q", "k")),
+        ({"q": "How many eggs?", "text": ["A: 13"], "n": 13.0, "k": 7}, Fields("text", "n", "q", "k")),
+        (
+            {"in": {"q": "How many eggs?", "k": 7}, "choices": [{"message": {"content": "#### 13"}}], "n": ["A: 13"]},
+            Fields("choices.0.message.content", "n", "in.q", "in.k"),
+        ),
+        ({"a.b": "#### 13", "gold": "$13 dollars.", "id": 7, "question": "How many eggs?"}, Fields("a.b")),
+    ],
+)  # fmt: skip
+def test_shapes_of_logs(record: dict[str, Any], fields: Fields) -> None:
+    """lm-evaluation-harness, chat completions, lists of one text; golds as numbers, texts, plain answers."""
+    row = grade.grade(record, fields)
+    assert (row["id"], row["question"], row["gold"], row["answer"]) == (7, "How many eggs?", "13", "13")
+    assert row["correct"] is True
+
+
+@pytest.mark.parametrize(
+    ("gold", "canonical"),
+    [(18, "18"), (-0.5, "-0.5"), (1e22, "1" + 22 * "0"), ("#### 1,800", "1800"), ("x\nA: 18", "18"),
+     ("18", "18"), ("007", "7"), ("-0", "0"), ("1/3", "1/3"), ("$70 000.00", "70000")],
+)  # fmt: skip
+def test_gold_is_read_as_a_person_would(gold: Any, canonical: str) -> None:
+    row = grade.grade({"completion": f"#### {canonical}", "gold": gold}, Fields())
+    assert (row["gold"], row["correct"]) == (canonical, True)
+
+
+def test_the_question_tells_a_repeated_prompt_from_the_answer() -> None:
+    """Without the question, the prompt's own `#### 42` would be the answer."""
+    question = "Say it as #### 42. How many eggs?"
+    record = {"completion": f"{question}\nShe has 13.\n#### 13", "gold": 13}
+    assert grade.grade(record, Fields())["answer"] == "42"
+    row = grade.grade({**record, "question": question}, Fields())
+    assert (row["answer"], row["leak"]) == ("13", True)
+
+
+# --- the graded log
+
+
+def test_own_evaluation_is_reproduced_byte_for_byte(tmp_path: Path) -> None:
+    """The rows of data/platinum_eval, samples and all, come out as they went in."""
+    sample = {"completion": "#### 3", "answer": "3", "correct": False, "tokens": 2, "finish": "stop"}
+    row = {
+        "id": "platinum-0", "question": "½ of 4?", "gold": "2", "completion": "2\n#### 2", "answer": "2",
+        "correct": True, "flexible_answer": "2", "flexible_correct": True, "tokens": 5, "finish": "length",
+        "leak": False, "answers_found": 1, "samples": [sample, {**sample, "completion": "no", "answer": None}],
+    }  # fmt: skip
+    log, out = tmp_path / "log.jsonl", tmp_path / "out.jsonl"
+    log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    grade.main([str(log)], Fields(), out, console=Console(file=io.StringIO()))
+    assert out.read_bytes() == log.read_bytes()
+
+
+def test_what_a_verdict_replaces_is_kept(tmp_path: Path) -> None:
+    """`answer` is the gold's text in many files; grading twice changes nothing."""
+    record = {"question": "?", "answer": "2+2\n#### 4", "correct": "yes", "completion": ["#### 5"], "x": 1}
+    log, once, twice = (tmp_path / name for name in ("log.jsonl", "once.jsonl", "twice.jsonl"))
+    write(log, [record])
+    shown(str(log), fields=Fields(gold="answer"), out=once)
+    [row] = rows_of(once)
+    assert (row["gold"], row["answer"], row["correct"], row["completion"], row["x"]) == (
+        "4",
+        "5",
+        False,
+        "#### 5",
+        1,
+    )
+    assert row["original"] == {name: record[name] for name in ("answer", "correct", "completion")}
+    shown(str(once), out=twice)
+    assert twice.read_bytes() == once.read_bytes()
+
+
+def test_odd_values_survive(tmp_path: Path) -> None:
+    """NaN, which is no JSON, becomes null; half a surrogate pair stays what it was."""
+    log, out = tmp_path / "log.jsonl", tmp_path / "out.jsonl"
+    log.write_text('{"gold": 1, "completion": "\\ud800 #### 1", "loss": NaN}\n\n', encoding="utf-8-sig")
+    shown(str(log), out=out)
+    [row] = rows_of(out)
+    assert (row["completion"], row["loss"], row["correct"]) == ("\ud800 #### 1", None, True)
+
+
+# --- metrics
+
+
+def made_log(count: int) -> list[dict[str, Any]]:
+    return [
+        {"id": i, "gold": i, "completion": f"{'word ' * (i % 40)}#### {i + (i % 3 == 0)}", "tokens": i % 50,
+         "finish": "length" if i % 10 == 0 else "stop"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_in_pieces_and_on_several_cores_all_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Order, metrics and the graded log do not depend on how the work was divided."""
+    log = write(tmp_path / "log.jsonl", made_log(1000))
+    whole = metrics_of(capsys, log, out=tmp_path / "whole.jsonl")
+    monkeypatch.setattr(grade, "PIECE", 5_000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert metrics_of(capsys, log, out=tmp_path / "pieces.jsonl") == whole
+    assert (tmp_path / "pieces.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert {name: whole[name] for name in whole if name not in ("files", "bad_lines", "warnings")} == (
+        summarise(rows_of(tmp_path / "whole.jsonl"), 0)
+    )
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(UserError, match=r"log\.jsonl:1001: field 'completion' is missing"):
+        metrics_of(capsys, log)
+
+
+def test_several_files_are_the_parts_of_one_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = made_log(20)
+    parts = [write(tmp_path / f"{i}.jsonl", records[10 * i : 10 * i + 10]) for i in range(2)]
+    whole = metrics_of(capsys, write(tmp_path / "all.jsonl", records))
+    assert {**metrics_of(capsys, *parts), "files": whole["files"]} == {
+        **whole, "warnings": [text.replace("all.jsonl", "2 files") for text in whole["warnings"]]
+    }  # fmt: skip
+
+
+def test_table_and_loud_warnings(tmp_path: Path) -> None:
+    text = shown(write(tmp_path / "log.jsonl", made_log(20)))
+    assert "20 completions graded" in text and "accuracy" in text and "65.0 %" in text
+    assert "WARNING log.jsonl: 10.0% of the completions were cut" in text
+    assert max(map(len, text.splitlines())) <= 80
+    bare = shown(write(tmp_path / "bare.jsonl", [{"gold": 1, "completion": "#### 1"}]))
+    assert not {"tokens_mean", "truncated", "end_token"} & set(bare.split())
+
+
+def test_standard_input() -> None:
+    """Through the command, with a pipe: the table on stdout, nothing on stderr."""
+    text = '{"response": "#### 2", "gold": 2}\n{"response": "#### 3", "gold": 2}\n'
+    command = [sys.executable, "-m", "stages", "grade", "-", "--completion", "response", "--json"]
+    done = subprocess.run(command, cwd=REPO, input=text, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["accuracy"] == 0.5
+    assert done.stderr == ""
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not a JSON object in UTF-8"),
+        ('"text"', "a JSON object is wanted, found str"),
+        ('{"gold": 1}', "field 'completion' is missing; fields found: 'gold'; name it with --completion"),
+        ('{"completion": null, "gold": 1}', "field 'completion' must be text, found None"),
+        ('{"completion": ["a", "b"], "gold": 1}', "holds 2 values; name one of them, as completion.0"),
+        ('{"completion": {"text": "a"}, "gold": 1}', "name one of its fields, as completion.text"),
+        ('{"completion": "a"}', "field 'gold' is missing"),
+        ('{"completion": "a", "gold": true}', "field 'gold' must be text or a number, found True"),
+        ('{"completion": "a", "gold": "none"}', "field 'gold' holds no number that could be the answer: 'none'"),
+        ('{"completion": "a", "gold": NaN}', "field 'gold' must be text or a number"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"completion": "a", "gold": 1, "x": 1e999}', "JSON compliant"),
+    ],
+)  # fmt: skip
+def test_bad_lines_are_named_or_counted(
+    line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One clear line; the old output stays. With --skip-bad they are counted and the rest is graded."""
+    log, out = tmp_path / "log.jsonl", tmp_path / "out.jsonl"
+    good = '{"completion": "#### 1", "gold": 1}'
+    log.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
+    out.write_text("old")
+    with pytest.raises(UserError) as error:
+        grade.main([str(log)], Fields(), out)
+    assert str(error.value).startswith(f"{log}:3: ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert out.read_text() == "old"
+    metrics = metrics_of(capsys, str(log), skip_bad=True, out=out)
+    assert (metrics["questions"], metrics["bad_lines"], metrics["accuracy"]) == (2, 1, 1)
+    assert "bad lines left out: 1, the first: " in shown(str(log), skip_bad=True, out=out)
+
+
+def test_named_fields_must_be_there(tmp_path: Path) -> None:
+    """A question or an id that was asked for is not silently left out."""
+    log = write(tmp_path / "log.jsonl", [{"completion": "#### 1", "gold": 1, "n": 1.5}])
+    for fields, words in (
+        (Fields(question="prompt"), "field 'prompt' is missing; .*--question"),
+        (Fields(id="doc_id"), "field 'doc_id' is missing; .*--id"),
+        (Fields(id="n"), "field 'n' must be text or a whole number, found 1.5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            grade.main([log], fields)
+
+
+def test_files_that_cannot_be_graded(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", [{"completion": "#### 1", "gold": 1}])
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read \(No such file"):
+        grade.main([str(tmp_path / "none.jsonl")], Fields())
+    with pytest.raises(UserError, match="is the log itself; name another file"):
+        grade.main([log], Fields(), Path(log))
+    with pytest.raises(UserError, match="can be read once only"):
+        grade.main(["-", "-"], Fields())
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="nothing to grade, no records in it"):
+        grade.main([str(tmp_path / "empty.jsonl")], Fields(), tmp_path / "out.jsonl")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match=r"all 1 lines are bad: .*bad\.jsonl:1: not a JSON object"):
+        grade.main([str(tmp_path / "bad.jsonl")], Fields(), tmp_path / "out.jsonl", skip_bad=True)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    """64 MB more of log; the peak of the process that grades it in pieces stays within 24 MB."""
+    code = (
+        "import resource, sys; from pathlib import Path; from stages.tools import grade\n"
+        "import os; os.sched_getaffinity = lambda _: {0}\n"
+        "grade.main([sys.argv[1]], grade.Fields(), Path(sys.argv[2]), as_json=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+
+    def peak(megabytes: int) -> int:
+        log = tmp_path / f"{megabytes}.jsonl"
+        line = json.dumps(
+            {"id": "q", "gold": 1, "completion": "She has one egg. #### 1", "more": "x" * 16_000}
+        )
+        with log.open("w") as file:
+            for _ in range(megabytes * 1_000_000 // len(line)):
+                file.write(line + "\n")
+        command = [sys.executable, "-c", code, str(log), str(tmp_path / "out.jsonl")]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert peak(80) < peak(16) + 24
