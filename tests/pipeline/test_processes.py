@@ -2,13 +2,98 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.core.records import read_json
-from tests_pipeline import Project  # type: ignore[import-not-found]
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
 
 pytestmark = pytest.mark.pipeline
+ADAPTERS = {"sft": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora"}
+
+
+@pytest.fixture(scope="module")
+def project(copy_run: Callable[[], Project]) -> Project:
+    """The small run, told to use two processes; DVC sees no change."""
+    copy = copy_run()
+    copy.update("profiles/tiny.yaml", {"hardware.processes": 2, "hardware.generation_batch": 64})
+    assert copy.status() == {}
+    return copy
+
+
+def same_adapter(one: Path, other: Path) -> None:
+    """Equal to rounding: sums are added in another order, and a few steps carry that on."""
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert first.keys() == second.keys() and first
+    for name, wanted in first.items():
+        torch.testing.assert_close(second[name], wanted, atol=2e-4, rtol=2e-2)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_training_in_two_processes(project: Project, small_run: Project, stage: str) -> None:
+    """The global batch stays; each process takes half of it."""
+    done = project.stages(stage)
+    folder = ADAPTERS[stage]
+    same_adapter(small_run.root / folder, project.root / folder)
+    curve = Path("metrics/curves") / f"{stage}.csv"
+    wanted, found = ((root / curve).read_text().splitlines() for root in (small_run.root, project.root))
+    assert len(wanted) == len(found)
+    assert done.stderr.count("parameters trained") == 1  # one process alone speaks
+
+
+def test_generation_in_two_processes(project: Project, small_run: Project) -> None:
+    """The same bytes: a piece is computed as one process computes it."""
+    alone = project.root.parent / "alone"
+    project.run("git", "checkout", "--quiet", "--", ".")
+    project.run("dvc", "checkout", "--force", "--quiet")
+    for processes, keep in ((1, alone), (2, None)):
+        project.update(
+            "profiles/tiny.yaml", {"hardware.processes": processes, "hardware.generation_batch": 64}
+        )
+        project.stages("rollout")
+        if keep:
+            keep.write_bytes((project.root / "data/rollouts.jsonl").read_bytes())
+    assert (project.root / "data/rollouts.jsonl").read_bytes() == alone.read_bytes()
+
+
+def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
+    """Its work is done again by another one, and comes out the same."""
+    wanted = (project.root / "data/rollouts.jsonl").read_bytes()
+    stage = subprocess.Popen(
+        ["python", "-m", "stages", "rollout"],
+        cwd=project.root,
+        env=project.environment,
+        stderr=subprocess.PIPE,
+    )
+    journal_lines = 0
+    deadline = time.monotonic() + 120
+    while journal_lines < 20 and time.monotonic() < deadline:
+        journals = list((project.root / ".work/rollout").glob("*/journal.jsonl"))
+        journal_lines = journals[0].read_bytes().count(b"\n") if journals else 0
+        time.sleep(0.05)
+    workers = [pid for pid in children(stage.pid) if b"spawn_main" in arguments(pid)]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, said = stage.communicate(timeout=300)
+    assert stage.returncode == 0, said
+    assert (project.root / "data/rollouts.jsonl").read_bytes() == wanted
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in found.split()]
+
+
+def arguments(pid: int) -> bytes:
+    """A process's command line."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
