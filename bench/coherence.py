@@ -1,7 +1,7 @@
 """How fast is the `coherence` stage, and how much memory does it take, from 10,000 to a million trajectories?
 
-    python bench/coherence.py                                  # about 20 minutes and 2 GB of disk on two cores
-    python bench/coherence.py --sizes 10000 --repeat 3         # half a minute
+    python bench/coherence.py                                  # about 7 minutes and 2 GB of disk on two cores
+    python bench/coherence.py --sizes 10000 --repeat 3         # a quarter of a minute
     python bench/coherence.py --source example_model_solutions.jsonl
 
 Each line of the table is one real `python -m stages coherence --rollouts ... --out ...` in a folder of its
@@ -102,6 +102,7 @@ def main() -> None:
                 run = best(stage, place, tied, options.repeat)
                 check_output(place, out, questions)
                 rows.append(row(f"`coherence`, {len(cores)} core{'s' * (len(cores) > 1)}", questions, run))
+                note(" | ".join(rows[-1]))
             by_hand = [sys.executable, "-c", BY_HAND, str(rollouts), str(out)]
             hand = best(by_hand, place, {options.core}, options.repeat)
             rows.append(row("last number by hand, 1 core", questions, hand))

@@ -27,7 +27,7 @@ from typing import Any
 from common import MODELS, ROOT, example_solutions, groups_of_four, make_workplace, note, print_table
 
 sys.path.insert(0, str(ROOT))
-from stages.core.errors import UserError  # noqa: E402
+from stages.core.errors import UserError
 from stages.core.records import atomic_write, read_json, read_jsonl, write_jsonl
 from stages.core.svg import ticks
 
@@ -45,6 +45,7 @@ class Auc:
     auc: float
     low: float | None
     high: float | None
+    questions: int | None = None
 
     @property
     def strength(self) -> float:
@@ -121,7 +122,9 @@ def ranks(metrics: Mapping[str, Any], source: str) -> Ranks:
 def auc(value: Any) -> Auc | None:
     """`{auc, low, high}`, or a number without an interval."""
     if isinstance(value, Mapping):
-        return None if value["auc"] is None else Auc(value["auc"], value.get("low"), value.get("high"))
+        if value["auc"] is None:
+            return None
+        return Auc(value["auc"], value.get("low"), value.get("high"), value.get("questions"))
     return None if value is None else Auc(float(value), None, None)
 
 
@@ -152,7 +155,8 @@ def verdicts(runs: Mapping[str, Ranks]) -> list[str]:
                     continue
                 groups.setdefault(against(one, bar.strength), []).append(NAMES.get(measure, measure))
             said = "; ".join(f"{words}: {', '.join(measures)}" for words, measures in groups.items())
-            lines.append(f"{name}, {asked} (length {bar.strength:.3f}): {said}")
+            size = f"{bar.questions:,} questions, " if bar.questions else ""
+            lines.append(f"{name}, {asked} ({size}length {bar.strength:.3f}): {said}")
     return lines
 
 
