@@ -1,0 +1,233 @@
+"""Is an answer read right, and how fast? Ours against Math-Verify and the lm-evaluation-harness's two filters.
+
+    python3 -m venv .venv-bench && .venv-bench/bin/pip install -r bench/requirements.txt
+    .venv-bench/bin/python bench/answers.py --source example_model_solutions.jsonl     # about a minute
+
+One question is put to every reader: does this completion state this gold answer? Texts:
+
+- real: 4 x 1,319 solutions of OpenAI's models with the published `is_correct`, as published (`A: N`) and with
+  GSM8K's own ending (`#### N`) instead, which the harness's strict filter looks for; left out without --source
+- endings, numbers, leaks, thinking: the cases of tests/core/test_answers_*.py that state an answer. They were
+  written for our reader, whose tests demand all of them: they show what others do there, not who is better.
+
+The harness is its published gsm8k task, version 3.0: stop words, filters, and exact_match after removing
+commas, dollar signs and a last full stop (EleutherAI/lm-evaluation-harness, lm_eval/tasks/gsm8k/gsm8k.yaml and
+lm_eval/filters/extraction.py). Math-Verify is used as its README says: verify(parse(gold), parse(completion)).
+Golds are prepared beforehand. Speed is processor time on one core on the real texts, else on the cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common import MODELS, ROOT, example_solutions, machine, note, print_table
+
+sys.path.insert(0, str(ROOT))
+from stages.core.answers import gold_answer, read_answer, same_answer
+
+INSTALL = "python3 -m venv .venv-bench && .venv-bench/bin/pip install -r bench/requirements.txt"
+
+# gsm8k.yaml, version 3.0
+UNTIL = ("Question:", "</s>", "<|im_end|>")
+STRICT_MATCH = re.compile(r"#### (\-?[0-9\.\,]+)")
+FLEXIBLE_EXTRACT = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+IGNORED = [re.compile(pattern) for pattern in (",", r"\$", "(?s).*#### ", r"\.$")]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A completion, the gold answer, the question where it is known, and whether the two agree."""
+
+    completion: str
+    gold: str
+    question: str | None
+    right: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A way to judge: `prepare` turns a gold into what `verdict(completion, gold, question)` takes."""
+
+    name: str
+    prepare: Callable[[str], Any]
+    verdict: Callable[[str, Any, str | None], bool]
+
+
+def main() -> None:
+    """Put all cases to all readers and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=Path, help="example_model_solutions.jsonl of grade-school-math")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="timed passes over the texts; the fastest counts"
+    )
+    options = parser.parse_args()
+    families = test_cases()
+    if options.source:
+        families = {**real_cases(options.source), **families}
+    else:
+        note("without --source the real solutions are left out")
+    timed = (
+        next(iter(families.values()))
+        if options.source
+        else [case for cases in families.values() for case in cases]
+    )
+    measured = []
+    for reader in readers():
+        note(f"{reader.name} ...")
+        speed = best_speed(reader, timed, options.repeat)
+        measured.append((reader.name, speed, [judge(reader, cases) for cases in families.values()]))
+    ours = measured[0][1]
+    print(f"One core of {machine(1).partition(', ')[2]}\n")
+    titles = [f"{name} ({len(cases):,})" for name, cases in families.items()]
+    print_table(
+        ["reader", "completions/s", "our speed is", *titles],
+        [[name, f"{speed:,.0f}", f"{ours / speed:.2g} ×", *cells] for name, speed, cells in measured],
+    )
+
+
+# ---- readers -------------------------------------------------------------------------------------------
+
+
+def readers() -> Iterator[Reader]:
+    """Ours, the harness's two filters, and Math-Verify where it is installed."""
+    yield Reader(
+        "stages/core/answers.py",
+        gold_answer,
+        lambda completion, gold, question: same_answer(read_answer(completion, question).answer, gold),
+    )
+    yield Reader("harness, strict-match", cleaned, lambda text, gold, _: strict_match(text) == gold)
+    yield Reader("harness, flexible-extract", cleaned, lambda text, gold, _: flexible_extract(text) == gold)
+    if importlib.util.find_spec("math_verify") is None:
+        note(f"Math-Verify is left out, since it is not installed here: {INSTALL}")
+        return
+    from math_verify import parse, verify
+
+    yield Reader(
+        f"Math-Verify {metadata.version('math-verify')}",
+        parse,
+        lambda completion, gold, _: bool(verify(gold, parse(completion))),
+    )
+
+
+def strict_match(text: str) -> str:
+    """The first match, as `take_first` has it."""
+    found = STRICT_MATCH.search(until(text))
+    return cleaned(found[1].strip()) if found else "[invalid]"
+
+
+def flexible_extract(text: str) -> str:
+    """The last match: `group_select: -1`."""
+    found = FLEXIBLE_EXTRACT.findall(until(text))
+    return cleaned(next(part for part in found[-1] if part).strip()) if found else "[invalid]"
+
+
+def until(text: str) -> str:
+    """What the harness keeps of a generation."""
+    for word in UNTIL:
+        text = text.split(word)[0]
+    return text
+
+
+def cleaned(text: str) -> str:
+    """What exact_match compares."""
+    for pattern in IGNORED:
+        text = pattern.sub("", text)
+    return text.lower()
+
+
+# ---- cases ---------------------------------------------------------------------------------------------
+
+
+def real_cases(source: Path) -> dict[str, list[Case]]:
+    """The published solutions with their verdicts, in both endings."""
+    published, marked = [], []
+    for row in example_solutions(source):
+        gold = row["ground_truth"].rsplit("A:", 1)[1].strip()
+        for model in MODELS:
+            steps, _, last = row[model]["solution"].rpartition("A:")
+            right = row[model]["is_correct"]
+            published.append(Case(row[model]["solution"], gold, row["question"], right))
+            marked.append(Case(f"{steps}####{last}", gold, row["question"], right))
+    return {"real, `A: N`": published, "real, `#### N`": marked}
+
+
+def test_cases() -> dict[str, list[Case]]:
+    """The cases with an answer from the tests' own parameters."""
+    order, numbers, leaks = (load_tests(name) for name in ("order", "numbers", "leaks"))
+    endings = [(text, strict) for text, strict, _ in parameters(order.test_order_of_statements)]
+    thoughts = parameters(order.test_thinking_is_not_looked_at)
+    written = [(f"#### {text}", x) for text, x in parameters(numbers.test_number_is_read_as_a_person_would)]
+    texts = parameters(leaks.test_answer_is_the_solutions_own_and_the_leak_is_said)
+    return {
+        "endings": [Case(text, gold, None, True) for text, gold in endings if gold],
+        "numbers": [Case(text, gold, None, True) for text, gold in written],
+        # The one without a statement of its own before the leak is left out.
+        "leaks": [
+            Case(text, "18", leaks.QUESTION, True) for text in texts if not text.startswith("9*2=18. A:")
+        ],
+        "thinking": [Case(text, gold, None, True) for text, gold in thoughts if gold],
+    }
+
+
+def load_tests(name: str) -> ModuleType:
+    """The module tests/core/test_answers_NAME.py."""
+    try:
+        import hypothesis  # noqa: F401
+        import pytest  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(
+            f"{error.name} is not installed here, and the tests' cases need it: {INSTALL}"
+        ) from None
+    path = ROOT / "tests" / "core" / f"test_answers_{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parameters(test: Any) -> Sequence[Any]:
+    """What `pytest.mark.parametrize` gives a test."""
+    return next(mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
+
+
+# ---- measuring -----------------------------------------------------------------------------------------
+
+
+def best_speed(reader: Reader, cases: Sequence[Case], repeat: int) -> float:
+    """Completions judged per second of processor time, in the fastest pass."""
+    prepared = [(case.completion, reader.prepare(case.gold), case.question) for case in cases]
+    seconds = []
+    for _ in range(repeat):
+        start = time.process_time()
+        for completion, gold, question in prepared:
+            reader.verdict(completion, gold, question)
+        seconds.append(time.process_time() - start)
+    return len(cases) / min(seconds)
+
+
+def judge(reader: Reader, cases: Sequence[Case]) -> str:
+    """A cell: how many verdicts are right; how many wrong ones are too kind and too strict."""
+    kind = strict = 0
+    for case in cases:
+        said = reader.verdict(case.completion, reader.prepare(case.gold), case.question)
+        kind += said and not case.right
+        strict += case.right and not said
+    right = f"{len(cases) - kind - strict:,}"
+    return right if not kind + strict else f"{right} ({kind:,} too kind, {strict:,} too strict)"
+
+
+if __name__ == "__main__":
+    main()

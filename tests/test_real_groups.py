@@ -1,0 +1,136 @@
+"""1,319 real groups of four through coherence and preference: what docs/regime-w.md says of them holds.
+
+The groups are OpenAI's GSM8K example solutions, turned into rollouts by the same function that
+bench/signals.py uses. The stages run once for all tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from stages import coherence, preference
+from stages.core.records import read_json, read_jsonl, write_jsonl
+
+REPO = Path(__file__).resolve().parents[1]
+REAL = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
+pytestmark = pytest.mark.skipif(not REAL.is_file(), reason="the shared GSM8K files are not on this machine")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What both stages wrote."""
+
+    records: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    summary: dict[str, Any]
+
+
+def bench(name: str) -> ModuleType:
+    """bench/NAME.py as a module; its neighbours are importable while it loads, as when it is run."""
+    folder = str(REPO / "bench")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    place = tmp_path_factory.mktemp("real")
+    shutil.copytree(REPO / "tests" / "small", place, dirs_exist_ok=True)
+    (place / "scorer.py").symlink_to(REPO / "stages" / "regime_w" / "signals.py")
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        rollouts, scored, pairs = Path("rollouts.jsonl"), Path("scored.jsonl"), Path("pairs.jsonl")
+        write_jsonl(rollouts, bench("common").groups_of_four(REAL))
+        coherence.main(rollouts, scored, Path("regime_w.json"), Path("plots"), 1)
+        preference.main(scored, pairs, Path("preference.json"))
+        return Made(
+            list(read_jsonl(scored)),
+            list(read_jsonl(pairs)),
+            read_json(Path("regime_w.json")),
+            read_json(Path("preference.json")),
+        )
+    finally:
+        os.chdir(before)
+
+
+def test_every_published_verdict_of_every_model_is_reproduced(made: Made) -> None:
+    common = bench("common")
+    agree = Counter[str]()
+    for row, record in zip(common.example_solutions(REAL), made.records, strict=True):
+        for trajectory in record["trajectories"]:
+            agree[trajectory["arm"]] += row[trajectory["arm"]]["is_correct"] == trajectory["correct"]
+    assert agree == dict.fromkeys(common.MODELS, 1319)
+
+
+def test_equations_read_and_skipped(made: Made) -> None:
+    """A change of these figures may be an improvement: look at what changed, then say it in the docs."""
+    equations = made.metrics["equations"]
+    assert (equations["read"], equations["skipped"]) == (16_945, 359)
+    assert f"{equations['read']:,} equations read, {equations['skipped']} skipped" in (
+        REPO / "docs" / "regime-w.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_pairs(made: Made) -> None:
+    """Both kinds exist, coherence pairs do not simply prefer short or long, no texts are identical."""
+    right = {row["id"]: row["correct"] for record in made.records for row in record["trajectories"]}
+    kinds = Counter(pair["kind"] for pair in made.pairs)
+    assert kinds == {kind: made.summary[kind]["pairs"] for kind in ("correctness", "coherence")}
+    assert kinds["correctness"] > 1_900
+    assert kinds["coherence"] > 100
+    for pair in made.pairs:
+        assert pair["chosen"].strip() != pair["rejected"].strip()
+        assert right[pair["chosen_id"]]
+        assert right[pair["rejected_id"]] == (pair["kind"] == "coherence")
+    lengths = [
+        len(pair["chosen"]) - len(pair["rejected"]) for pair in made.pairs if pair["kind"] == "coherence"
+    ]
+    not_shorter = sum(length >= 0 for length in lengths) / len(lengths)
+    assert made.summary["coherence"]["chosen_not_shorter"] == not_shorter
+    assert 0.4 < not_shorter < 0.6
+
+
+@pytest.mark.parametrize(
+    ("signal", "overall", "within"),
+    [
+        ("s_end", 0.878, 0.763),
+        ("s_path", 0.844, 0.754),
+        ("s_cf", 0.864, 0.747),
+        ("s_wm", 0.886, 0.777),
+    ],
+)
+def test_right_over_wrong(made: Made, signal: str, overall: float, within: float) -> None:
+    """Known figures, from annotated equations only; reading prose too moves the third digit."""
+    ranks = bench("signals").ranks(made.metrics, "metrics")
+    asked = ranks["right over wrong, overall"], ranks["right over wrong, within a question"]
+    assert math.isclose(asked[0][signal].auc, overall, abs_tol=0.01)
+    assert math.isclose(asked[1][signal].auc, within, abs_tol=0.01)
+    for one in asked:
+        assert "does not beat" not in bench("signals").against(one[signal], one["length"].strength)
+
+
+def test_sound_over_lucky(made: Made) -> None:
+    """s_cf, and s_wm through it, tell sound from lucky better than length; s_end and s_path do not."""
+    signals = bench("signals")
+    asked = signals.ranks(made.metrics, "metrics")["sound over lucky"]
+    bar = asked["length"].strength
+    assert signals.against(asked["s_cf"], bar) == signals.against(asked["s_wm"], bar) == "beats length"
+    assert signals.against(asked["s_end"], bar).startswith("does not beat length")
+    assert signals.against(asked["s_path"], bar).startswith("does not beat length")
+    assert asked["s_end"].auc == 0.5  # correct ones of a question share their answer
