@@ -210,6 +210,8 @@ def ask(
     from stages.tools import ask as tool
 
     tool.main(question, policy, temperature, seed, max_new_tokens)
+
+
 def explain(
     question_id: Annotated[str, typer.Argument(help="A question's id, such as train-00017.")],
     rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
