@@ -38,7 +38,7 @@ STAGES = [
     "headline",
     "report",
 ]
-TOOLS = ["check", "results", "runs", "grade", "compare", "ask"]
+TOOLS = ["check", "results", "runs", "grade", "compare", "ask", "explain", "pairs", "suspects"]
 
 
 def sha256(path: Path) -> str:
