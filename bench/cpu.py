@@ -66,6 +66,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="(default: the profile's)")
     options = parser.parse_args()
+    if min(options.rounds, 1 if options.questions is None else options.questions) < 1:
+        parser.error("--rounds and --questions must be at least 1")
     params = load_params(ROOT)
     threads = options.threads or params.hardware.threads
     fix_arithmetic(threads, params.seed)

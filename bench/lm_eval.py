@@ -109,6 +109,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="of both (default: the profile's)")
     parser.add_argument("--harness", type=Path, default=HARNESS, help="its `lm_eval` command")
     options = parser.parse_args()
+    if min(options.rounds, 1 if options.questions is None else options.questions) < 1:
+        parser.error("--rounds and --questions must be at least 1")
     platinum = ROOT / "data/gsm8k/platinum.jsonl"
     for needed, remedy in (
         (platinum, "run `dvc repro` first"),
@@ -137,9 +139,9 @@ def main() -> int:
                 else:
                     run = run_harness(place, options.policy, params, options.harness, name)
                 runs[name].append(run)
-                load = os.getloadavg()[0]
                 note(
-                    f"round {number + 1}, {name}: {run.whole:.1f} s, generating {run.generating:.1f} s, load {load:.1f}"
+                    f"round {number + 1}, {name}: {run.whole:.1f} s, generating {run.generating:.1f} s, "
+                    f"processor {run.processor:.1f} s; load of the machine {os.getloadavg()[0]:.1f}"
                 )
         return report(runs, params, options.harness)
 
