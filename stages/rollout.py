@@ -21,7 +21,7 @@ from stages.core.params import Arm, Rollout
 from stages.core.paths import BASE, SFT_ADAPTER
 from stages.core.policy import load_policy
 from stages.core.prompts import prompt_ids
-from stages.core.records import Journal, read_jsonl, write_jsonl
+from stages.core.records import read_jsonl, write_jsonl
 from stages.core.stage import StageRun, stage_run
 from stages.engine.base import Request, request_seed
 from stages.engine.choose import make_engine
@@ -56,7 +56,7 @@ def main() -> None:
         records = []
         total = len(problems) * spec.per_question
         with (
-            Journal(run.work / "journal.jsonl") as journal,
+            run.journal() as journal,
             run.progress("generating", total, "trajectories", len(journal.records)) as advance,
         ):
             for start in range(0, len(problems), size):
