@@ -1,7 +1,7 @@
 """Is an answer read right, and how fast? Ours against Math-Verify and the lm-evaluation-harness's two filters.
 
-    python3 -m venv .venv-bench && .venv-bench/bin/pip install -r bench/requirements.txt
-    .venv-bench/bin/python bench/answers.py --source example_model_solutions.jsonl     # about a minute
+    python3 -m venv bench/.venv && bench/.venv/bin/pip install -r bench/requirements.txt
+    bench/.venv/bin/python bench/answers.py --source example_model_solutions.jsonl     # about a minute
 
 One question is put to every reader: does this completion state this gold answer? Texts:
 
@@ -35,7 +35,7 @@ from common import MODELS, ROOT, example_solutions, machine, note, print_table
 sys.path.insert(0, str(ROOT))
 from stages.core.answers import gold_answer, read_answer, same_answer
 
-INSTALL = "python3 -m venv .venv-bench && .venv-bench/bin/pip install -r bench/requirements.txt"
+INSTALL = "python3 -m venv bench/.venv && bench/.venv/bin/pip install -r bench/requirements.txt"
 
 # gsm8k.yaml, version 3.0
 UNTIL = ("Question:", "</s>", "<|im_end|>")

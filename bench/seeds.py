@@ -52,7 +52,7 @@ def run(seed: int, changes: list[str], place: Path) -> dict[str, Any]:
     change(place / "params.yaml", [f"seed={seed}"])
     change(place / "profiles/tiny.yaml", [f"model.seed={seed}", *changes])
     call(place, "dvc", "repro", "-q")
-    return json.loads((place / "metrics/comparison.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((place / "metrics/comparison.json").read_text())
 
 
 def row(seed: int, comparison: dict[str, Any]) -> str:

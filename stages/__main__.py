@@ -212,6 +212,7 @@ def ask(
     tool.main(question, policy, temperature, seed, max_new_tokens)
 
 
+@app.command(rich_help_panel=TOOLS)
 def explain(
     question_id: Annotated[str, typer.Argument(help="A question's id, such as train-00017.")],
     rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(

@@ -18,7 +18,7 @@ from stages.core.launch import fix_arithmetic
 from stages.core.paths import BASE, DPO_ADAPTER, SFT_ADAPTER
 from stages.core.policy import load_tokenizer
 from stages.core.prompts import prompt_ids
-from stages.core.records import Journal, read_jsonl, write_json, write_jsonl
+from stages.core.records import read_jsonl, write_json, write_jsonl
 from stages.core.stage import stage_run
 from stages.core.stats import summarise
 from stages.engine.base import Request, request_seed
@@ -66,7 +66,7 @@ def main(policy: str) -> None:
                 requests.append(sample)
 
         # Generation, journalled.
-        with Journal(run.work / "journal.jsonl") as journal:
+        with run.journal() as journal:
             done = sum(request.id in journal.records for request in requests)
             with (
                 open_engine(adapter, run.params.hardware) as engine,

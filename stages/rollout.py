@@ -21,7 +21,7 @@ from stages.core.params import Arm, Rollout
 from stages.core.paths import BASE, SFT_ADAPTER
 from stages.core.policy import load_tokenizer
 from stages.core.prompts import prompt_ids
-from stages.core.records import Journal, read_jsonl, write_jsonl
+from stages.core.records import read_jsonl, write_jsonl
 from stages.core.stage import StageRun, stage_run
 from stages.engine.base import Request, request_seed
 from stages.engine.choose import open_engine
@@ -55,7 +55,7 @@ def main() -> None:
         records = []
         total = len(problems) * spec.per_question
         with (
-            Journal(run.work / "journal.jsonl") as journal,
+            run.journal() as journal,
             open_engine(SFT_ADAPTER, run.params.hardware) as engine,
             run.progress("generating", total, "trajectories", len(journal.records)) as advance,
         ):
@@ -67,11 +67,13 @@ def main() -> None:
                     else uniform(arms, spec.per_question)
                     for problem in batch
                 }
-                requests = [
-                    build_request(run, tokenizer, problem, place, spec.arms[pull.arm])
-                    for problem in batch
-                    for place, pull in enumerate(pulls[problem["id"]])
-                ]
+                requests = []
+                for problem in batch:
+                    prompts: dict[tuple[str, str | None], tuple[int, ...]] = {}
+                    requests += [
+                        build_request(run, tokenizer, problem, place, spec.arms[pull.arm], prompts)
+                        for place, pull in enumerate(pulls[problem["id"]])
+                    ]
                 drawn = complete(engine, tokenizer, requests, journal, advance, run.params.prompt.opening)
                 seeds = {request.id: request.seed for request in requests}
                 made = [build_record(problem, pulls[problem["id"]], spec, drawn, seeds) for problem in batch]
@@ -93,14 +95,25 @@ def choose(problems: list[dict[str, Any]], count: int | None, seed: int) -> list
     return [problems[place] for place in places]
 
 
-def build_request(run: StageRun, tokenizer: Any, problem: dict[str, Any], pull: int, arm: Arm) -> Request:
-    """The request of one pull; its seed follows from the run's seed, the question and the pull."""
-    prompt = prompt_ids(tokenizer, run.params.prompt, problem["question"], arm.style, arm.system)
+def build_request(
+    run: StageRun,
+    tokenizer: Any,
+    problem: dict[str, Any],
+    pull: int,
+    arm: Arm,
+    prompts: dict[tuple[str, str | None], tuple[int, ...]],
+) -> Request:
+    """The request of one pull; its seed follows from the run's seed, the question and the pull.
+
+    `prompts` holds the question's prompts so far, by style and system line: arms that share them share it.
+    """
+    way = (arm.style, arm.system)
+    if way not in prompts:
+        prompts[way] = tuple(prompt_ids(tokenizer, run.params.prompt, problem["question"], *way))
     seed = request_seed(run.params.seed, "rollout", problem["id"], str(pull))
     identity = f"{problem['id']}/{pull}"
-    return Request(
-        identity, tuple(prompt), run.params.rollout.max_new_tokens, arm.temperature, arm.top_p, seed
-    )
+    limit = run.params.rollout.max_new_tokens
+    return Request(identity, prompts[way], limit, arm.temperature, arm.top_p, seed)
 
 
 def build_record(

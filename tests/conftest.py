@@ -9,6 +9,19 @@ from collections.abc import Callable
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--kills N`: how often tests/pipeline/test_kill.py kills each stage."""
+    parser.addoption(
+        "--kills", type=int, default=2, help="kills of each stage in tests/pipeline/test_kill.py"
+    )
+
+
+@pytest.fixture(scope="session")
+def kills(request: pytest.FixtureRequest) -> int:
+    """How often each stage is to be killed."""
+    return int(request.config.getoption("--kills"))
+
+
 @pytest.fixture(scope="session")
 def ends_soon() -> Callable[[Callable[[], object]], bool]:
     """Whether a call ends within 30 seconds of processor time, however busy the machine is.

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import coherence, preference
+from stages import preference
 from stages.core.errors import UserError
 from stages.core.params import Preference, PreferenceKind
-from stages.core.records import read_json, read_jsonl
 from stages.preference import make_pairs
 
 REPO = Path(__file__).resolve().parents[1]
@@ -235,29 +234,3 @@ def test_no_pair_at_all_is_said_and_leaves_the_old_output(workplace: Path) -> No
 def test_a_file_without_rewards_is_named(workplace: Path) -> None:
     with pytest.raises(UserError, match="question 'q': trajectory 0 has no usable 'reward'"):
         preference.main(write([question({"id": "q/0", "text": "a", "correct": True})]), OUT, METRICS)
-
-
-@pytest.mark.skipif(not REAL.is_file(), reason="the shared GSM8K files are not on this machine")
-def test_real_groups_of_four(workplace: Path) -> None:
-    """Both kinds exist on real trajectories, no texts are identical, and coherence is not just brevity."""
-    records = []
-    for number, line in enumerate(REAL.read_text().splitlines()):
-        one = json.loads(line)
-        trajectories = [
-            {"arm": name, "text": one[name]["solution"]} for name in one if isinstance(one[name], dict)
-        ]
-        gold = one["ground_truth"].rsplit("A:")[-1].strip()
-        records.append(
-            {"id": f"r{number}", "question": one["question"], "gold": gold, "trajectories": trajectories}
-        )
-    scored = Path("data/scored.jsonl")
-    coherence.main(write(records), scored, Path("metrics/regime_w.json"), Path("metrics/plots/regime_w"), 1)
-    preference.main(scored, OUT, METRICS)
-    pairs, summary = list(read_jsonl(OUT)), read_json(METRICS)
-    assert summary["correctness"]["pairs"] > 1_900
-    assert summary["coherence"]["pairs"] > 100
-    assert all(pair["chosen"].strip() != pair["rejected"].strip() for pair in pairs)
-    assert 0.4 < summary["coherence"]["chosen_not_shorter"] < 0.6
-    first = OUT.read_bytes()
-    preference.main(scored, OUT, METRICS)
-    assert OUT.read_bytes() == first

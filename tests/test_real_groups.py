@@ -121,6 +121,8 @@ def test_right_over_wrong(made: Made, signal: str, overall: float, within: float
     asked = ranks["right over wrong, overall"], ranks["right over wrong, within a question"]
     assert math.isclose(asked[0][signal].auc, overall, abs_tol=0.01)
     assert math.isclose(asked[1][signal].auc, within, abs_tol=0.01)
+    interval = made.metrics["correct_over_wrong"][signal]["overall"]
+    assert interval["low"] < overall < interval["high"] and interval["high"] - interval["low"] < 0.04
     for one in asked:
         assert "does not beat" not in bench("signals").against(one[signal], one["length"].strength)
 

@@ -31,7 +31,10 @@ def end_with_parent() -> None:
         return
     parent = os.getppid()
     # A shell that stays between DVC and the stage would live on when DVC is killed: then DVC is watched too.
-    starter = _parent_of(parent) if b"-c" in _arguments(parent) else None
+    starter = _parent_of(parent) if _is_shell(parent) else None
+    # Killed while this stage was still starting, DVC has left it to process 1, which is no DVC.
+    if 1 in (parent, starter) and not any(b"dvc" in argument for argument in _arguments(1)):
+        raise SystemExit(143)
     end_with(parent, starter)
 
 
@@ -48,6 +51,11 @@ def _watch(parent: int, starter: int | None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(143)
+
+
+def _is_shell(pid: int) -> bool:
+    arguments = _arguments(pid)
+    return bool(arguments) and arguments[0].endswith(b"sh")  # sh, bash, zsh, ...
 
 
 def _arguments(pid: int) -> list[bytes]:

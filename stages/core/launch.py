@@ -5,7 +5,9 @@ Called before torch or any hub library is imported, because they read these sett
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import warnings
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -33,6 +35,7 @@ def prepare_process(network: bool = False) -> None:
     for name in OFFLINE:
         if not network:
             os.environ[name] = "1"
+    _keep_freed_memory()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\b.*"
@@ -48,3 +51,12 @@ def fix_arithmetic(threads: int | None, seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only slows down; nothing reads such memory
     torch.manual_seed(seed)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks; given back to the kernel, they come again cleared page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, two_gib = -1, -3, 2**31 - 1  # as in malloc.h
+        mallopt(m_mmap_threshold, two_gib)
+        mallopt(m_trim_threshold, two_gib)

@@ -180,10 +180,10 @@ class Journal:
                 if record is not None and line.endswith(b"\n"):
                     self.records.setdefault(record[self.key], record)
                     whole.write(line)
-                elif line.endswith(b"\n"):
+                elif line.endswith(b"\n") or b"\0" in line:  # zeros are what a power cut leaves, a kill never
                     self.damaged += 1
                     with aside.open("ab") as file:
-                        file.write(line)
+                        file.write(line.removesuffix(b"\n") + b"\n")
                         file.flush()
                         os.fsync(file.fileno())
                 else:
@@ -208,10 +208,10 @@ class Journal:
 
     def _parse(self, line: bytes) -> dict[str, Any] | None:
         try:
-            envelope = json.loads(line)
+            envelope = json.loads(line.decode())
             body = json.dumps(envelope["record"], ensure_ascii=False)
             whole = envelope["sum"] == f"{zlib.crc32(body.encode()):08x}" and self.key in envelope["record"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         return envelope["record"] if whole else None
 

@@ -29,7 +29,7 @@ from stages.core.code import ROOT, project_files
 from stages.core.errors import UserError
 from stages.core.guard import end_with_parent, leave_on_sigterm, name_full_disk
 from stages.core.params import Sections, load_params
-from stages.core.records import read_json, sha256_file, sync_folder, write_json
+from stages.core.records import Journal, read_json, sha256_file, sync_folder, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,18 @@ class StageRun:
     def say(self, message: str) -> None:
         """One quiet line about what the stage did."""
         self.console.print(f"[bold]{self.name}[/bold]  {message}", highlight=False)
+
+    @contextlib.contextmanager
+    def journal(self) -> Iterator[Journal]:
+        """The stage's journal, as an earlier run left it; damage in it is told."""
+        with Journal(self.work / "journal.jsonl") as journal:
+            if journal.damaged:
+                self.facts["damaged_records"] = journal.damaged
+                self.say(
+                    f"{journal.damaged:,} damaged records of an earlier run set aside in "
+                    f"{journal.path}.damaged; they are done again"
+                )
+            yield journal
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
@@ -126,6 +138,7 @@ def stage_run(
     console = Console(stderr=True, soft_wrap=True)
     with _lock(WORK / label):
         _clear_other_progress(WORK / label, keep=fingerprint)
+        _make_way(outputs)
         run = StageRun(label, params, WORK / label / fingerprint, console)
         started, when = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with leave_on_sigterm(), name_full_disk(label, WORK):
@@ -135,7 +148,8 @@ def stage_run(
             raise RuntimeError(f"{label} ended without writing {', '.join(missing)}")
         write_manifest(identity, outputs)
         _note_facts(run, when, time.monotonic() - started)
-        shutil.rmtree(run.work, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what stays is cleared by the next run
+            _clear_other_progress(WORK / label, keep=None)
 
 
 def manifest_path(output: Path) -> Path:
@@ -201,10 +215,28 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _clear_other_progress(folder: Path, keep: str) -> None:
+def _clear_other_progress(folder: Path, keep: str | None) -> None:
+    gone = folder / "gone"
+    shutil.rmtree(gone, ignore_errors=True)
     for path in folder.iterdir():
         if path.is_dir() and path.name != keep:
-            shutil.rmtree(path)
+            # Under another name first: a kill half way must not leave a part that a later run goes on from.
+            path.replace(gone)
+            shutil.rmtree(gone)
+
+
+def _make_way(outputs: Sequence[Path]) -> None:
+    """Find out before the work, not after it, that an output cannot be written; remove what a kill left there."""
+    for path in [*outputs, *map(manifest_path, outputs)]:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        # os.access also tells that a file system is read-only.
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"{path}: cannot be written; check what {place} is, its owner and its disk")
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def _note_facts(run: StageRun, when: str, seconds: float) -> None:

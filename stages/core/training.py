@@ -108,14 +108,17 @@ class Progress(TrainerCallback):
 
 
 def newest_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint of an interrupted run; the first process removes incomplete ones."""
-    complete = []
-    for folder in (work / "trainer").glob("checkpoint-*"):
-        if (folder / COMPLETE).is_file():
-            complete.append(folder)
-        elif os.environ.get("RANK", "0") == "0":
+    """The newest complete checkpoint of an interrupted run; the first process removes all others.
+
+    Also older ones: a kill may have come while the trainer was deleting one, which makes it the youngest by
+    its time of change, and the trainer keeps the youngest two.
+    """
+    found = list((work / "trainer").glob("checkpoint-*"))
+    newest = max((folder for folder in found if (folder / COMPLETE).is_file()), key=step_of, default=None)
+    for folder in found:
+        if folder != newest and os.environ.get("RANK", "0") == "0":
             shutil.rmtree(folder)
-    return max(complete, key=step_of, default=None)
+    return newest
 
 
 def step_of(checkpoint: Path | None) -> int:

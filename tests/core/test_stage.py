@@ -206,6 +206,77 @@ def test_run_facts_are_noted_apart_from_the_outputs() -> None:
     assert "torch" in facts["versions"]
 
 
+def test_what_a_kill_left_beside_the_outputs_goes() -> None:
+    """Half-written outputs of a killed run would lie in folders that DVC hashes; others' files stay."""
+    for name in ("data/.out.jsonl.123.tmp", "metrics/.out.json.123.tmp", "data/.other.jsonl.123.tmp"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("half")
+    folder = Path("checkpoints/.some.123.tmp/deeper")
+    folder.mkdir(parents=True)
+    work()
+    with (
+        stage_run("headline", sections=(), inputs=[], outputs=[Path("checkpoints/some")]),
+        atomic_folder(Path("checkpoints/some")),
+    ):
+        pass
+    assert [path.as_posix() for path in Path().rglob("*.tmp")] == ["data/.other.jsonl.123.tmp"]
+
+
+def test_progress_that_was_being_cleared_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the midst of clearing: what is left must not look like progress, whatever was removed first."""
+    folder = interrupted()
+    change("params.yaml", "  policy: dpo", "  policy: sft")
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    change("params.yaml", "  policy: sft", "  policy: dpo")
+    assert not folder.exists()
+    work()
+    assert [path.name for path in Path(".work/headline").iterdir()] == ["lock"]
+
+
+def test_an_output_that_cannot_be_written_stops_before_any_work() -> None:
+    """A file where a folder should be."""
+    OUT.parent.write_text("")
+    began = False
+    with (
+        pytest.raises(UserError, match=r"data/out\.jsonl: cannot be written; check what \S+/data is"),
+        stage_run("headline", sections=(), inputs=[], outputs=[OUT]),
+    ):
+        began = True
+    assert not began
+
+
+def test_damage_in_the_journal_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the screen, and in the run's facts."""
+
+    def journalled(stop: bool) -> list[str]:
+        with stage_run("headline", sections=(), inputs=[Path("input.jsonl")], outputs=[OUT]) as run:
+            with run.journal() as journal:
+                found = list(journal.records)
+                journal.add({"id": f"q{len(found)}"})
+                journal.add({"id": f"q{len(found) + 1}"})
+                if stop:
+                    raise KeyboardInterrupt
+            OUT.parent.mkdir(exist_ok=True)
+            OUT.write_text("")
+        return found
+
+    with pytest.raises(KeyboardInterrupt):
+        journalled(stop=True)
+    (journal,) = Path(".work/headline").glob("*/journal.jsonl")
+    journal.write_text(journal.read_text().replace("q0", "q7"))
+    assert journalled(stop=False) == ["q1"]
+    assert "1 damaged records of an earlier run set aside in" in capsys.readouterr().err
+    assert last_runs()[-1]["damaged_records"] == 1
+
+
 def test_atomic_folder_replaces_all_or_nothing() -> None:
     target = Path("checkpoints/some")
     with atomic_folder(target) as fresh:
@@ -267,6 +338,39 @@ def test_a_stage_ends_when_its_parent_is_killed(workplace: Path, between: bool) 
         time.sleep(0.05)
     else:
         pytest.fail("the stage was still running 10 s after its parent was killed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+@pytest.mark.parametrize("between", [False, True], ids=["direct", "a shell in between"])
+def test_a_stage_ends_when_its_parent_was_killed_while_it_started(workplace: Path, between: bool) -> None:
+    """The imports of a stage take seconds; DVC may be gone before the stage can ask who its parent is."""
+    stage = (
+        "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
+        "Path('pid').write_text(str(os.getpid()))\n"
+        "while not Path('go').exists(): time.sleep(0.01)\n"
+        "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
+        "    Path('began').write_text('')\n"
+    )
+    Path("stage.py").write_text(stage)
+    shell = f"{sys.executable} stage.py; true" if between else f"exec {sys.executable} stage.py"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess; subprocess.run(['sh', '-c', {shell!r}])"],
+        env={**os.environ, "PYTHONPATH": str(REPO), "DVC_STAGE": "headline"},
+    )
+    wait_for(lambda: Path("pid").is_file() and bool(Path("pid").read_text()))
+    child = Path("/proc", Path("pid").read_text())
+    parent.kill()
+    parent.wait()
+    time.sleep(0.2)
+    adopter = int((child / "stat").read_text().rpartition(")")[2].split()[1])
+    if between:
+        adopter = int(Path(f"/proc/{adopter}/stat").read_text().rpartition(")")[2].split()[1])
+    if adopter != 1:
+        Path("go").touch()
+        pytest.skip(f"orphans are taken in by process {adopter} here, which cannot be told from a DVC")
+    Path("go").touch()
+    wait_for(lambda: not child.exists() or ") Z" in (child / "stat").read_text())
+    assert not Path("began").exists()
 
 
 def test_a_stage_started_by_hand_goes_on(workplace: Path) -> None:

@@ -38,7 +38,7 @@ STAGES = [
     "headline",
     "report",
 ]
-TOOLS = ["check", "results", "runs", "grade", "compare", "ask"]
+TOOLS = ["check", "results", "runs", "grade", "compare", "ask", "explain", "pairs", "suspects"]
 
 
 def sha256(path: Path) -> str:
@@ -253,6 +253,28 @@ def test_sft_and_dpo_are_compared_by_dvcs_own_command(copy_run: Callable[[], Pro
     diff = json.loads(shown.stdout)["metrics/headline.json"]["accuracy"]
     sft, dpo = (json.loads((project.root / f"metrics/platinum/{p}.json").read_text()) for p in ("sft", "dpo"))
     assert (diff["old"], diff["new"]) == (sft["accuracy"], dpo["accuracy"])
+
+
+def test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone(copy_run: Callable[[], Project]) -> None:
+    """The same recipe with commits and tags; a clone without the DVC cache has all that the diff needs."""
+    project = copy_run()
+    for policy in ("sft", "dpo"):
+        project.update("params.yaml", {"headline.policy": policy})
+        assert set(project.repro("headline")) <= {"headline"}
+        project.run("git", "add", "--all")
+        who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
+        project.run("git", *who, "commit", "--quiet", "--allow-empty", "--message", policy)
+        project.run("git", "tag", policy)
+    clone = Project(project.root.parent / "clone", project.guard)
+    project.run("git", "clone", "--quiet", str(project.root), str(clone.root))
+    sft, dpo = (json.loads((project.root / f"metrics/platinum/{p}.json").read_text()) for p in ("sft", "dpo"))
+    for place in (project, clone):
+        shown = place.run(
+            "dvc", "metrics", "diff", "--all", "--json", "sft", "dpo", "--targets", "metrics/headline.json"
+        )
+        diff = json.loads(shown.stdout)["metrics/headline.json"]
+        assert (diff["accuracy"]["old"], diff["accuracy"]["new"]) == (sft["accuracy"], dpo["accuracy"])
+        assert (diff["mean_at_4"]["old"], diff["mean_at_4"]["new"]) == (sft["mean_at_4"], dpo["mean_at_4"])
 
 
 def test_results_are_printed_as_a_table(small_run: Project) -> None:

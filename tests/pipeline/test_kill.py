@@ -1,0 +1,413 @@
+"""Killed at any moment, as often as one likes, a stage gives the bytes of an undisturbed run.
+
+    python -m pytest tests/pipeline/test_kill.py --kills 20 -s     # 20 kills a stage, and a line about each
+
+Every kill is a SIGKILL, to the process or to its whole group. Moments are drawn by seed from the length of
+the undisturbed run, counted from the first sign of work, or follow an event: progress reached the disk, a
+checkpoint folder or a selected adapter or an output's temporary file has just appeared. Whoever ends by
+itself before enough kills were made has its outputs taken away, as DVC does, and begins anew.
+
+All is seen from outside, in the files a stage leaves: what was on the disk at one kill must be there,
+unchanged, at the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc to see what a stage does")
+
+FEW = 3  # up to so many kills the small run is long enough
+POLL = 0.001  # seconds between two looks
+PATIENCE = 600.0
+TRAINED = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage to be shot: its command, its outputs, and what makes it longer."""
+
+    command: tuple[str, ...]
+    work: str  # its folder in .work/
+    outputs: tuple[str, ...]
+    events: tuple[str, ...]  # files whose appearance calls for a kill
+    longer: dict[str, Any]
+    always: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "evaluate": Case(
+        ("evaluate", "sft"),
+        ".work/evaluate@sft",
+        (
+            "data/platinum_eval/sft.jsonl",
+            "data/platinum_eval/sft.manifest.json",
+            "metrics/platinum/sft.json",
+            "metrics/platinum_details/sft.json",
+        ),
+        ("data/platinum_eval/.*.tmp", "metrics/platinum*/.*.tmp"),
+        {"evaluate.samples": 12, "hardware.generation_batch": 64},
+    ),
+    "rollout": Case(
+        ("rollout",),
+        ".work/rollout",
+        ("data/rollouts.jsonl", "data/rollouts.manifest.json"),
+        ("data/.*.tmp",),
+        {"rollout.questions": 120, "hardware.generation_batch": 64},
+    ),
+    "rollout by thompson": Case(
+        ("rollout",),
+        ".work/rollout",
+        ("data/rollouts.jsonl", "data/rollouts.manifest.json"),
+        ("data/.*.tmp",),
+        {"rollout.questions": 100},
+        {"rollout.allocation": "thompson", "rollout.round_questions": 10},
+    ),
+    "sft": Case(
+        ("sft",),
+        ".work/sft",
+        ("metrics/curves/sft.csv", *(f"checkpoints/sft_lora/{name}" for name in TRAINED)),
+        (".work/sft/*/trainer/checkpoint-*", "checkpoints/.*.tmp", "metrics/curves/.*.tmp"),
+        {"sft.epochs": 4, "sft.checkpoint_steps": 5},
+    ),
+    "dpo": Case(
+        ("dpo",),
+        ".work/dpo",
+        (
+            "metrics/curves/dpo.csv",
+            "metrics/curves/dpo_selection.csv",
+            *(f"checkpoints/dpo_coherence_lora/{name}" for name in TRAINED),
+        ),
+        (
+            ".work/dpo/*/trainer/checkpoint-*",
+            ".work/dpo/*/selected/*",
+            ".work/dpo/*/selected/.*.tmp",
+            "checkpoints/.*.tmp",
+            "metrics/curves/.*.tmp",
+        ),
+        {"dpo.epochs": 3, "dpo.checkpoint_steps": 4, "dpo.select_steps": 8},
+    ),
+}
+
+
+@dataclass
+class Undisturbed:
+    """What a case gives when left alone."""
+
+    outputs: dict[str, bytes]
+    before_work: float  # seconds from the start of the stage to its first progress on the disk
+    work: float  # seconds from there to the end
+
+
+@dataclass
+class Series:
+    """What came of shooting one case."""
+
+    kills: list[tuple[str, float]] = field(default_factory=list)  # why then, share of the work on the disk
+    rounds: int = 0
+    seconds: float = 0.0
+    trouble: list[str] = field(default_factory=list)
+
+
+def read_outputs(project: Project, case: Case) -> dict[str, bytes]:
+    return {name: (project.root / name).read_bytes() for name in case.outputs}
+
+
+class Progress:
+    """What a stage has on the disk, and that nothing of it is lost or made a second time."""
+
+    def __init__(self, project: Project, case: Case) -> None:
+        self.folder = project.root / case.work
+        self.journal = b""
+        self.checkpoints: dict[int, tuple[int, int]] = {}  # step -> inode and time of its mark
+        self.selected: list[Any] = []
+        self.trouble: list[str] = []
+
+    def size(self) -> tuple[int, int, int]:
+        """Grows whenever progress is made: bytes of the journal, newest complete checkpoint, steps scored."""
+        journals = [path.stat().st_size for path in self.folder.glob("*/journal.jsonl")]
+        steps = self.look_at_checkpoints()
+        chosen = [path.stat().st_size for path in self.folder.glob("*/selection.json")]
+        return sum(journals), max(steps, default=0), sum(chosen)
+
+    def look_at_checkpoints(self) -> list[int]:
+        """The complete checkpoints there are. None may be made twice: that would be steps done again."""
+        steps = []
+        for mark in self.folder.glob("*/trainer/checkpoint-*/complete"):
+            try:
+                stat = mark.stat()
+            except FileNotFoundError:  # the trainer has just removed it
+                continue
+            step = int(mark.parent.name.split("-")[1])
+            stamp = (stat.st_ino, stat.st_mtime_ns)
+            if self.checkpoints.setdefault(step, stamp) != stamp:
+                self.trouble.append(f"checkpoint {step} was complete, and was made once more")
+            steps.append(step)
+        return steps
+
+    def after_a_kill(self) -> float:
+        """Compare with what the kill before left. Returns bytes of journal, or the newest checkpoint's step."""
+        for path in self.folder.glob("*/journal.jsonl"):
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if not whole.startswith(self.journal):
+                self.trouble.append(f"the journal of {len(self.journal)} bytes did not stay as it was")
+            ids = [json.loads(line)["record"]["id"] for line in whole.splitlines()]
+            if len(ids) != len(set(ids)):
+                self.trouble.append("a record is in the journal twice")
+            self.journal = whole
+        steps = self.look_at_checkpoints()
+        if not [path for path in self.folder.iterdir() if path.is_dir() and path.name != "gone"]:
+            return 0.0  # all was done, and cleared
+        if self.checkpoints and max(steps, default=0) < max(self.checkpoints):
+            self.trouble.append(f"checkpoint {max(self.checkpoints)} was complete and is gone")
+        for path in self.folder.glob("*/selection.json"):
+            rows = json.loads(path.read_text())
+            if rows[: len(self.selected)] != self.selected:
+                self.trouble.append("steps scored on validation did not stay as they were")
+            self.selected = rows
+        return max([len(self.journal), *steps]) if self.journal or steps else 0.0
+
+
+def start(project: Project, case: Case, log: Path) -> subprocess.Popen[bytes]:
+    """The stage's command, in a process group of its own."""
+    with log.open("ab") as stderr:
+        return subprocess.Popen(
+            ["python", "-m", "stages", *case.command],
+            cwd=project.root,
+            env=project.environment,
+            stderr=stderr,
+            start_new_session=True,
+        )
+
+
+def holds(pid: int, path: Path) -> bool:
+    """Whether a process has a file open."""
+    try:
+        return any(link.readlink() == path for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:  # it ended, or closed one in between
+        return False
+
+
+def wait_for_start(process: subprocess.Popen[bytes], project: Project, case: Case) -> bool:
+    """Until the stage has taken its lock, after the slow imports of the command; False when it ended."""
+    lock, until = (project.root / case.work / "lock").resolve(), time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            return False
+        if holds(process.pid, lock):
+            return True
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"{case.command} did not take its lock in {PATIENCE:.0f} s")
+
+
+def owner_of(path: Path) -> int | None:
+    """The process that has a file open."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and holds(int(folder.name), path.resolve()):
+            return int(folder.name)
+    return None
+
+
+def leave_alone(project: Project, case: Case, log: Path) -> Undisturbed:
+    """Run a case once, undisturbed."""
+    for name in case.outputs:
+        (project.root / name).unlink()
+    process, progress = start(project, case, log), Progress(project, case)
+    assert wait_for_start(process, project, case), log.read_text()
+    begun, empty, first = time.monotonic(), progress.size(), 0.0
+    while process.poll() is None:
+        if not first and progress.size() != empty:
+            first = time.monotonic()
+        time.sleep(0.01)
+    assert process.returncode == 0, log.read_text()
+    assert first, "no progress was seen on the disk"
+    return Undisturbed(read_outputs(project, case), first - begun, time.monotonic() - first)
+
+
+def moments(rng: random.Random, case: Case, alone: Undisturbed) -> Iterator[tuple[str, float, str]]:
+    """Without end: what to wait for (start, progress, event), how long after it, and which files it is."""
+    while True:
+        yield "progress", rng.uniform(0, alone.work / 5), ""
+        yield "event", rng.choice([0.0, 0.002, 0.01]), rng.choice(case.events)
+        yield "start", rng.uniform(0, alone.before_work + alone.work / 2), ""
+
+
+def shoot(project: Project, case: Case, alone: Undisturbed, kills: int, seed: str, log: Path) -> Series:
+    """Kill a case until `kills` kills are done and it has ended by itself after them."""
+    rng, series, began = random.Random(seed), Series(), time.monotonic()
+    wanted, progress = moments(rng, case, alone), Progress(project, case)
+    take_away(project, case)
+    for _ in range(4 * kills + 4):
+        process = start(project, case, log)
+        if len(series.kills) < kills and wait_for_start(process, project, case):
+            moment = next(wanted)
+            if wait_for_moment(process, project, progress, moment):
+                (os.killpg if rng.random() < 0.5 else os.kill)(process.pid, signal.SIGKILL)
+        while process.poll() is None:
+            progress.look_at_checkpoints()
+            time.sleep(0.01)
+        killed = process.returncode == -signal.SIGKILL
+        if killed:
+            series.kills.append((moment[2] or moment[0], progress.after_a_kill()))
+        # Killed after it had written everything and cleared its progress, while the process was leaving: that
+        # run has ended, whatever its exit status.
+        if killed and not (
+            cleared(project, case) and all((project.root / name).exists() for name in case.outputs)
+        ):
+            continue
+        if process.returncode and not killed:
+            series.trouble.append(f"ended with {process.returncode}: {log.read_text()[-2000:]}")
+            break
+        series.rounds += 1
+        series.trouble += progress.trouble
+        series.trouble += [
+            f"{name} is not as undisturbed" for name, data in read_outputs(project, case).items()
+            if data != alone.outputs[name]
+        ]  # fmt: skip
+        places = {project.root / Path(name).parent for name in case.outputs}
+        left = [path for place in places for path in place.glob(".*.tmp")]
+        left += [] if killed else [path for path in (project.root / case.work).iterdir() if path.is_dir()]
+        series.trouble += [f"{path.relative_to(project.root)} was left" for path in left]
+        if len(series.kills) == kills and not killed:
+            break
+        take_away(project, case)
+        progress = Progress(project, case)
+    series.seconds = time.monotonic() - began
+    return series
+
+
+def cleared(project: Project, case: Case) -> bool:
+    """Whether a stage has put its progress away, as it does at its end ("gone" is what it then deletes)."""
+    return not [
+        path for path in (project.root / case.work).iterdir() if path.is_dir() and path.name != "gone"
+    ]
+
+
+def take_away(project: Project, case: Case) -> None:
+    """Remove a case's outputs, as DVC does before it runs a stage."""
+    for name in case.outputs:
+        place = project.root / name
+        if place.parent.parent.name == "checkpoints":
+            shutil.rmtree(place.parent, ignore_errors=True)
+        else:
+            place.unlink(missing_ok=True)
+
+
+def wait_for_moment(
+    process: subprocess.Popen[bytes], project: Project, progress: Progress, moment: tuple[str, float, str]
+) -> bool:
+    """Until the moment has come; False when the process ended first."""
+    kind, delay, pattern = moment
+    before = set(project.root.glob(pattern)) if pattern else set()
+    size, looked = progress.size(), 0.0
+    until = time.monotonic() + PATIENCE
+    while kind != "start" and time.monotonic() < until:
+        if kind == "event" and set(project.root.glob(pattern)) - before:
+            break
+        if time.monotonic() - looked > 0.02:
+            looked = time.monotonic()
+            if process.poll() is not None:
+                return False
+            if progress.size() > size and kind == "progress":
+                break
+        time.sleep(POLL)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def series(
+    request: pytest.FixtureRequest,
+    copy_run: Callable[[], Project],
+    kills: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[Series]]]:
+    """The shooting of every case that was asked for, two at a time."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def run(name: str, case: Case, project: Project) -> Series:
+        changes = case.always | (case.longer if kills > FEW else {})
+        if changes:
+            project.update("profiles/tiny.yaml", changes)
+            alone = leave_alone(project, case, logs / f"{name}.alone")
+        else:
+            # The small run was undisturbed. Its times were not taken; some seconds each on most machines.
+            alone = Undisturbed(read_outputs(project, case), 1.0, 3.0)
+        return shoot(project, case, alone, kills, seed=name, log=logs / f"{name}.log")
+
+    with ThreadPoolExecutor(2) as pool:
+        chosen = {
+            item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")
+        }
+        yield {
+            name: pool.submit(run, name, case, copy_run()) for name, case in CASES.items() if name in chosen
+        }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_again_and_again_it_gives_the_same_bytes(
+    name: str, series: dict[str, Future[Series]], kills: int
+) -> None:
+    """Nothing lost, nothing made twice, every output as undisturbed, nothing left lying about."""
+    came = series[name].result()
+    print(f"\n{name}: {len(came.kills)} kills, {came.rounds} rounds, {came.seconds:.0f} s")
+    for why, reached in came.kills:
+        print(f"  {why:40} {reached:,.0f}")
+    assert not came.trouble, came.trouble
+    assert len(came.kills) == kills
+    assert came.rounds >= 1
+    reached = {reached for _, reached in came.kills}
+    assert len(reached) > kills / 5, f"the kills did not spread over the run: {reached}"
+
+
+@pytest.mark.parametrize("stage", ["rollout", "sft"])
+def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
+    stage: str, small_run: Project, copy_run: Callable[[], Project]
+) -> None:
+    """SIGKILL to dvc alone: no orphan trains or generates on, and what was done stays done."""
+    project, case = copy_run(), CASES[stage]
+    wanted = read_outputs(small_run, case)
+    command = ["dvc", "repro", "--single-item", "--no-run-cache", stage]
+    progress = Progress(project, case)
+    dvc = subprocess.Popen([*command, "--force"], cwd=project.root, env=project.environment)
+    lock, until = project.root / case.work / "lock", time.monotonic() + PATIENCE
+    while dvc.poll() is None and progress.size() == (0, 0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    trainer = owner_of(lock)
+    dvc.kill()
+    assert dvc.wait() == -signal.SIGKILL
+    assert trainer is not None
+    assert trainer != dvc.pid
+    ended = time.monotonic() + 60
+    while owner_of(lock) == trainer:
+        assert time.monotonic() < ended, f"the stage went on without dvc, as process {trainer}"
+        time.sleep(0.05)
+    progress.after_a_kill()
+    assert not [name for name in case.outputs if (project.root / name).exists()]
+    again = project.run(*command)
+    assert f"Running stage '{stage}'" in again.stdout
+    assert read_outputs(project, case) == wanted
+    assert progress.trouble == []
+    assert project.run("dvc", "status", stage).stdout.strip() == "Data and pipelines are up to date."
