@@ -12,7 +12,7 @@ import gc
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -71,7 +71,8 @@ class ContinuousEngine:
                     if self.rows == 1:
                         raise
                     self.rows, self.memory = self.rows // 2, self.memory * 0.75
-                gc.collect()  # what the error held on to
+                if wanted:
+                    gc.collect()  # what the error held on to
         finally:
             if window is not None:
                 config.sliding_window = window
@@ -213,8 +214,8 @@ def _choose_tokens(manager: Any, requests: Sequence[Request], open_requests: dic
 class _Setting(ContinuousBatchingLogitsProcessor):
     """Carries one number per row to the device; `values` are those of the step being computed."""
 
-    supported_kwargs: dict[str, type] = {}
-    ignored_kwargs: tuple[str, ...] = ()
+    supported_kwargs: ClassVar[dict[str, type]] = {}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, open_requests: dict[str, Request], number: Any) -> None:
         self.open_requests, self.number = open_requests, number
