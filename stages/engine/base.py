@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,10 @@ def request_seed(seed: int, *parts: str) -> int:
     """A request's own 63-bit seed, from the run's seed and what tells the request apart."""
     text = "/".join((str(seed), *parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """The tokens that end a completion: the tokenizer's end token, and all that the model declares."""
+    declared = generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+    return sorted(ends - {None})

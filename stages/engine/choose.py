@@ -11,7 +11,7 @@ from typing import Any
 from stages.core.devices import host_processes, launcher
 from stages.core.errors import UserError
 from stages.core.params import Hardware
-from stages.engine.base import Engine
+from stages.engine.base import Engine, end_ids
 
 
 @contextlib.contextmanager
@@ -50,19 +50,15 @@ def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
 
 def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
     """An engine around a model in memory; it stops at every end token the model declares."""
-    ends = model.generation_config.eos_token_id
-    end_ids = [
-        tokenizer.eos_token_id,
-        *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
-    ]
+    ends = end_ids(tokenizer, model.generation_config)
     if engine_kind(hardware) == "transformers" or model.training:
         from stages.core.memory import generation_batch
         from stages.engine.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, end_ids, tokenizer.pad_token_id, generation_batch(model, hardware))
+        return TransformersEngine(model, ends, tokenizer.pad_token_id, generation_batch(model, hardware))
     from stages.engine.continuous_engine import ContinuousEngine
 
-    return ContinuousEngine(model, end_ids, tokenizer.pad_token_id)
+    return ContinuousEngine(model, ends, tokenizer.pad_token_id)
 
 
 def engine_kind(hardware: Hardware) -> str:

@@ -142,25 +142,38 @@ class _Draws:
         self.nucleus = bool((self.top_p < 1).any())
         if self.sampled:
             limit = max(request.max_new_tokens for request in batch)
-            streams = [
-                np.random.Generator(np.random.Philox(request.seed)).random(limit, np.float32)
-                for request in batch
-            ]
-            self.uniform = torch.from_numpy(np.stack(streams)).to(device)
+            streams = np.zeros((len(batch), limit), np.float32)
+            for row, request in enumerate(batch):
+                streams[row, : request.max_new_tokens] = uniform_stream(request)
+            self.uniform = torch.from_numpy(streams).to(device)
 
     def choose(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """Token ids (rows,) from logits (rows, vocabulary); nucleus sampling by inverting the cumulative sum."""
-        greedy = logits.argmax(-1)
+        """Token ids (rows,) from logits (rows, vocabulary)."""
         if not self.sampled:
-            return greedy
-        temperature = self.temperature[rows]
-        probabilities = (logits / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
-        if self.nucleus:
-            probabilities = _nucleus(probabilities, self.top_p[rows])
-        cumulative = probabilities.cumsum(-1)
-        target = self.uniform[rows, step][:, None] * cumulative[:, -1:]
-        drawn = (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return torch.where(temperature > 0, drawn, greedy)
+            return logits.argmax(-1)
+        top_p = self.top_p[rows] if self.nucleus else None
+        return draw(logits, self.temperature[rows], top_p, self.uniform[rows, step])
+
+
+def uniform_stream(request: Request) -> np.ndarray:
+    """The uniform numbers in [0, 1) that decide a request's tokens, one for each; float32."""
+    return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens, np.float32)
+
+
+def draw(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | None, uniform: torch.Tensor
+) -> torch.Tensor:
+    """Token ids (rows,) from logits (rows, vocabulary); nucleus sampling by inverting the cumulative sum.
+
+    Rows of temperature 0 are greedy; without `top_p` the whole vocabulary is in reach.
+    """
+    probabilities = (logits / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
+    if top_p is not None:
+        probabilities = _nucleus(probabilities, top_p)
+    cumulative = probabilities.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    drawn = (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class WorkersEngine:
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
+        import torch
+
+        if 0 < (gpus := torch.cuda.device_count()) < self.count:
+            raise UserError(f"hardware.processes: {self.count}, but there are {gpus} GPUs; say auto")
         self.workers = [self._start(rank) for rank in range(self.count)]
         return self
 
@@ -113,7 +117,7 @@ def serve(pipe: Connection, rank: int, adapter: Path | None, hardware: Hardware,
 
     end_with(parent)
     prepare_process()
-    os.environ["LOCAL_RANK"] = str(rank)
+    _own_device(rank)
     try:
         fix_arithmetic(hardware.threads, seed=0)  # every request has a seed of its own
         from stages.engine.choose import load_engine
@@ -128,3 +132,11 @@ def serve(pipe: Connection, rank: int, adapter: Path | None, hardware: Hardware,
         pipe.send(error)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the stage has ended
+
+
+def _own_device(rank: int) -> None:
+    """Let this process see one GPU only (vLLM takes the first it sees); to be called before CUDA starts."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible != "":  # which hides them all
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
+    os.environ["LOCAL_RANK"] = "0"

@@ -93,16 +93,16 @@ def _answerer(
     from stages.core.launch import fix_arithmetic
     from stages.core.policy import load_policy
     from stages.core.prompts import prompt_ids
+    from stages.engine.base import end_ids
 
     fix_arithmetic(params.hardware.threads, seed)
     model, tokenizer = load_policy(ADAPTERS[policy])
-    declared = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    ends = end_ids(tokenizer, model.generation_config)
     # A config of our own: what the model's declares besides (penalties, top_k) is not in the evaluation either.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": params.evaluate.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(
         max_new_tokens=limit,
-        eos_token_id=sorted(ends),
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )

@@ -1,16 +1,36 @@
-"""What every text generation engine promises, on a small random model of Mistral's architecture."""
+"""What every text generation engine promises, on a small random model of Mistral's architecture.
+
+The tests that take `make` run against each engine this machine has. What only some engines promise is told by
+`pytest.mark.parametrize` at the test, and in docs/gpus.md.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from stages.engine.base import Completion, Request, request_seed
+from stages.core.params import BuiltModel, load_params
+from stages.engine.base import Completion, Engine, Request, request_seed
+from stages.engine.continuous_engine import ContinuousEngine
 from stages.engine.transformers_engine import LEAVE_SHARE, TransformersEngine
+from stages.engine.vllm_engine import VllmEngine
+from stages.tiny.model import build_tokenizer
+
+SMALL = Path(__file__).resolve().parents[1] / "small"
+VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
+ENGINES = [
+    "transformers",
+    "continuous",
+    pytest.param("vllm", marks=pytest.mark.skipif(not VLLM, reason="vLLM or a GPU is missing")),
+]
+Make = Callable[..., Engine]
 
 VOCABULARY, PAD, END = 64, 0, [2, 5, 9, 33]
 
@@ -36,8 +56,31 @@ def model() -> Any:
     return MistralForCausalLM(config).eval()
 
 
-def engine(model: Any, batch: int = 16) -> TransformersEngine:
-    return TransformersEngine(model, END, PAD, batch)
+@pytest.fixture(scope="module", params=ENGINES)
+def make(request: pytest.FixtureRequest, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Makes an engine of each kind that computes `batch` rows at once and stops at `ends`."""
+    if request.param != "vllm":
+        return lambda batch=16, ends=END: in_memory(request.param, model, batch, ends)
+    folder = tmp_path_factory.mktemp("base")
+    spec = load_params(SMALL).model
+    assert isinstance(spec, BuiltModel)
+    model.save_pretrained(folder)
+    build_tokenizer(spec, [("Ann has 3 apples.", "3")]).save_pretrained(folder)
+    engine = VllmEngine(None, folder)
+
+    def again(batch: int = 16, ends: Sequence[int] = END) -> Engine:
+        engine.end_ids = list(ends)
+        return engine
+
+    return again
+
+
+def in_memory(kind: str, model: Any, batch: int = 16, ends: Sequence[int] = END) -> Engine:
+    if kind == "transformers":
+        return TransformersEngine(model, ends, PAD, batch)
+    engine = ContinuousEngine(model, ends, PAD)
+    engine.rows = batch
+    return engine
 
 
 def prompts(count: int, seed: int = 1) -> list[tuple[int, ...]]:
@@ -58,18 +101,21 @@ def mixed_requests() -> list[Request]:
 
 
 def complete(
-    model: Any, requests: list[Request], batch: int = 16, done: frozenset[str] = frozenset()
+    engine: Engine, requests: list[Request], done: frozenset[str] = frozenset()
 ) -> dict[str, Completion]:
-    completions = list(engine(model, batch).generate(requests, done))
+    completions = list(engine.generate(requests, done))
     assert len({one.id for one in completions}) == len(completions)
     return {one.id: one for one in completions}
 
 
+IN_MEMORY = pytest.mark.parametrize("kind", ["transformers", "continuous"])
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_greedy_is_what_transformers_generates(model: Any, batch: int) -> None:
+def test_greedy_is_what_transformers_generates(model: Any, make: Make, batch: int) -> None:
     """Each prompt alone through transformers' own `generate` gives the same tokens and the same end."""
     requests = [Request(str(i), prompt, 25) for i, prompt in enumerate(prompts(30))]
-    ours = complete(model, requests, batch)
+    ours = complete(make(batch), requests)
     for request in requests:
         ids = torch.tensor([request.prompt])
         with torch.no_grad():
@@ -83,15 +129,19 @@ def test_greedy_is_what_transformers_generates(model: Any, batch: int) -> None:
     assert {one.finish for one in ours.values()} == {"stop", "length"}  # both ends were seen
 
 
-def test_a_request_does_not_depend_on_its_neighbours(model: Any) -> None:
-    """Order, batch size and company change no token: every request has its own seed."""
+@IN_MEMORY
+def test_a_request_does_not_depend_on_its_neighbours(model: Any, kind: str) -> None:
+    """Order, batch size, company and engine change no token: every request has its own seed.
+
+    vLLM draws from streams of its own, and its sums are rounded by what is computed together.
+    """
     requests = mixed_requests()
-    wanted = complete(model, requests)
+    wanted = complete(in_memory("transformers", model), requests)
     shuffled = random.Random(2).sample(requests, len(requests))
     for other in (
-        complete(model, shuffled),
-        complete(model, requests, batch=1),
-        complete(model, shuffled, batch=23),
+        complete(in_memory(kind, model), shuffled),
+        complete(in_memory(kind, model, batch=1), requests),
+        complete(in_memory(kind, model, batch=23), shuffled),
     ):
         assert other.keys() == wanted.keys()
         for identity, one in wanted.items():
@@ -101,32 +151,57 @@ def test_a_request_does_not_depend_on_its_neighbours(model: Any) -> None:
 
 
 def test_the_same_requests_give_the_same_bits(model: Any) -> None:
-    assert complete(model, mixed_requests()) == complete(model, mixed_requests())
+    """Of the engine of the CPU: it plans its batches from the whole list of requests."""
+    engine = in_memory("transformers", model)
+    assert complete(engine, mixed_requests()) == complete(engine, mixed_requests())
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("seed", range(4))
-def test_a_resumed_run_gives_the_same_bits(model: Any, seed: int) -> None:
-    """Whatever was done before the interruption, the rest comes out as if there had been none."""
+def test_a_resumed_run_gives_the_same(model: Any, kind: str, seed: int) -> None:
+    """Whatever was done before the interruption, the rest comes out as if there had been none.
+
+    To the last bit on the engine of the CPU; equal tokens, and sums to rounding, in continuous batching.
+    """
     requests = mixed_requests()
-    whole = complete(model, requests)
+    engine = in_memory(kind, model)
+    whole = complete(engine, requests)
     done = frozenset(
         random.Random(seed).sample(sorted(whole), random.Random(seed).randint(1, len(whole) - 1))
     )
-    rest = complete(model, requests, done=done)
-    assert rest == {identity: one for identity, one in whole.items() if identity not in done}
+    rest = complete(engine, requests, done)
+    wanted = {identity: one for identity, one in whole.items() if identity not in done}
+    if kind == "transformers":
+        assert rest == wanted
+    else:
+        assert rest.keys() == wanted.keys()
+        for identity, one in rest.items():
+            assert (one.tokens, one.finish) == (wanted[identity].tokens, wanted[identity].finish)
+            assert one.logprob == pytest.approx(wanted[identity].logprob, abs=1e-3)
 
 
-def test_nothing_is_computed_when_all_is_done(model: Any) -> None:
+def test_nothing_is_computed_when_all_is_done(make: Make) -> None:
     requests = mixed_requests()
-    assert complete(model, requests, done=frozenset(one.id for one in requests)) == {}
+    assert complete(make(), requests, frozenset(one.id for one in requests)) == {}
+    assert complete(make(), []) == {}
 
 
-def test_each_request_has_its_own_temperature_top_p_and_seed(model: Any) -> None:
+def test_completions_come_as_they_finish(make: Make) -> None:
+    """A short one is not kept back for a long one, and whoever has heard enough may leave."""
+    first, second = prompts(2)
+    engine = make(ends=[])
+    running = engine.generate([Request("long", first, 40), Request("short", second, 2)])
+    assert next(iter(running)).id == "short"
+    running.close()  # type: ignore[attr-defined]
+    assert complete(engine, [Request("again", second, 2)]).keys() == {"again"}
+
+
+def test_each_request_has_its_own_temperature_top_p_and_seed(make: Make) -> None:
     """In one batch: cold and narrow draws are greedy, seeds matter, and equal seeds agree."""
     prompt = prompts(1)[0]
     limit = 20
     got = complete(
-        model,
+        make(),
         [
             Request("greedy", prompt, limit),
             Request("cold", prompt, limit, 0.001, 1.0, 11),
@@ -142,7 +217,9 @@ def test_each_request_has_its_own_temperature_top_p_and_seed(model: Any) -> None
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.4, 0.6)])
-def test_drawn_tokens_follow_the_models_distribution(model: Any, temperature: float, top_p: float) -> None:
+def test_drawn_tokens_follow_the_models_distribution(
+    model: Any, make: Make, temperature: float, top_p: float
+) -> None:
     """4,000 first tokens against the softmax; outside of the nucleus not one is drawn."""
     prompt, draws = prompts(1, seed=8)[0], 4000
     with torch.no_grad():
@@ -155,38 +232,37 @@ def test_drawn_tokens_follow_the_models_distribution(model: Any, temperature: fl
 
     requests = [Request(str(i), prompt, 1, temperature, top_p, request_seed(0, str(i))) for i in range(draws)]
     counts = torch.zeros(VOCABULARY)
-    for one in TransformersEngine(model, [PAD], PAD, 1000).generate(requests):
+    for one in make(1000, [PAD]).generate(requests):
         counts[one.tokens[0] if one.tokens else PAD] += 1
     assert counts[expected == 0].sum() == 0
     spread = (expected * (1 - expected) / draws).sqrt()
     assert ((counts / draws - expected).abs() <= 5 * spread + 1e-9).all()
 
 
-def test_logprob_is_that_of_a_fresh_forward_pass(model: Any) -> None:
+def test_logprob_is_that_of_a_fresh_forward_pass(model: Any, make: Make) -> None:
     """Summed over all new tokens, the end token included, at temperature 1 whatever the request's."""
     requests = mixed_requests()
-    for request, one in zip(
-        requests, map(complete(model, requests).get, [r.id for r in requests]), strict=True
-    ):
-        assert one is not None
+    completions = complete(make(), requests)
+    for request in requests:
+        one = completions[request.id]
         with torch.no_grad():
             ids = torch.tensor([[*request.prompt, *one.tokens]])
             logprobs = model(ids).logits[0].float().log_softmax(-1)
         start = len(request.prompt) - 1
         total = sum(logprobs[start + i, token].item() for i, token in enumerate(one.tokens))
         if one.finish == "length":
-            assert one.logprob == pytest.approx(total, abs=1e-4)
+            assert one.logprob == pytest.approx(total, abs=3e-4)
         else:  # one of the end tokens closed it
             ends = [total + logprobs[start + len(one.tokens), end].item() for end in END]
-            assert min(abs(one.logprob - end) for end in ends) < 1e-4
+            assert min(abs(one.logprob - end) for end in ends) < 3e-4
 
 
-def test_every_request_keeps_to_its_own_limit(model: Any) -> None:
+def test_every_request_keeps_to_its_own_limit(make: Make) -> None:
     """With no end token in reach each one is as long as it was allowed to be, and says so."""
     requests = [
         Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 21), prompts(20), strict=True)
     ]
-    for one in TransformersEngine(model, [VOCABULARY + 1], PAD, 8).generate(requests):
+    for one in make(8, []).generate(requests):
         assert len(one.tokens) == int(one.id)
         assert one.finish == "length"
 
@@ -221,19 +297,24 @@ def test_a_shared_prompt_is_read_once(model: Any) -> None:
     )
     try:
         prompt = prompts(1)[0]
-        list(engine(model).generate([Request(str(k), prompt, 3, 1.0, 1.0, k) for k in range(9)]))
+        list(
+            in_memory("transformers", model).generate(
+                [Request(str(k), prompt, 3, 1.0, 1.0, k) for k in range(9)]
+            )
+        )
     finally:
         handle.remove()
     assert widths[0] == (1, len(prompt))
     assert widths[1][1] == 1
 
 
+@IN_MEMORY
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> None:
+def test_the_model_is_left_in_the_mode_it_was_in(model: Any, kind: str, training: bool) -> None:
     """DPO generates in the midst of training."""
     model.train(training)
     try:
-        complete(model, mixed_requests()[:4])
+        complete(in_memory(kind, model), mixed_requests()[:4])
         assert model.training is training
     finally:
         model.eval()

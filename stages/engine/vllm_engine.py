@@ -1,0 +1,129 @@
+"""Generation by vLLM on one GPU, with the adapter applied unmerged; several GPUs take one such process each.
+
+vLLM comes with requirements-gpu.txt. This module was written against the source of vLLM 0.30.0 and tested with a
+stand-in; it has not run on a GPU yet (docs/gpus.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.core.errors import UserError
+from stages.core.paths import BASE
+from stages.core.policy import ADAPTER_CONFIG, load_tokenizer
+from stages.engine.base import Completion, Request, end_ids
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes vLLM reserves room for
+AHEAD = 4096  # requests handed over ahead, so that a million of them need no memory
+SETTINGS = {
+    # In this process: a failure is raised here, and nothing stays on the GPU when the process is killed.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VllmEngine:
+    """Completes requests with the model of a checkpoint folder and `adapter` (or none).
+
+    Every request has its own seed. The engine's failures are raised as they are, and end its use: vLLM cannot go
+    on after one, so the process has to be replaced. RuntimeError when a request is lost.
+    """
+
+    def __init__(self, adapter: Path | None, base: Path = BASE) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        from transformers import GenerationConfig
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
+        self.end_ids = end_ids(load_tokenizer(base), generation_config)
+        lora: dict[str, Any] = {}
+        if adapter is not None:
+            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(adapter)}
+        self.lora = LoRARequest(adapter.name, 1, str(adapter.resolve())) if adapter is not None else None
+        self.llm = LLM(
+            model=str(base),
+            dtype="auto",
+            seed=0,
+            generation_config="vllm",  # the requests say all there is to say, not the model's file
+            logprobs_mode="raw_logprobs",  # at temperature 1, before top_p
+            **lora,
+        )
+        self.dead = False
+
+    def generate(
+        self, requests: Iterable[Request], done: frozenset[str] = frozenset()
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`."""
+        from vllm.inputs import tokens_input
+
+        if self.dead:
+            raise RuntimeError("this vLLM engine has failed; a new process is needed")
+        engine = self.llm.llm_engine
+        waiting = (request for request in requests if request.id not in done)
+        running: dict[str, Request] = {}
+        try:
+            while True:
+                while len(running) < AHEAD and (request := next(waiting, None)):
+                    running[request.id] = request
+                    prompt = tokens_input(list(request.prompt))
+                    engine.add_request(request.id, prompt, self._params(request), lora_request=self.lora)
+                if not running:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        yield self._completion(running.pop(output.request_id), output.outputs[0])
+                if running and not engine.has_unfinished_requests():
+                    raise RuntimeError(f"vLLM lost {len(running)} requests, {next(iter(running))} the first")
+        except GeneratorExit:  # whoever asked has stopped listening
+            engine.abort_request(list(running))
+            raise
+        except Exception:
+            self.dead = True
+            raise
+
+    def _params(self, request: Request) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        drawn = request.temperature > 0
+        return SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p if drawn else 1.0,
+            seed=request.seed if drawn else None,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=self.end_ids,
+            ignore_eos=True,  # stop_token_ids has them all
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completion(self, request: Request, output: Any) -> Completion:
+        tokens = tuple(output.token_ids)
+        if output.finish_reason not in ("stop", "length") or not tokens or output.cumulative_logprob is None:
+            raise RuntimeError(f"vLLM gave up {request.id}: {output.finish_reason}")
+        stopped = tokens[-1] in self.end_ids
+        return Completion(
+            request.id,
+            tokens[:-1] if stopped else tokens,
+            "stop" if stopped else "length",
+            float(output.cumulative_logprob),
+        )
+
+
+def _room(adapter: Path) -> int:
+    """The least of vLLM's sizes that holds an adapter's rank."""
+    rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
+    if rank > RANKS[-1]:
+        raise UserError(
+            f"{adapter}: vLLM takes adapters up to rank {RANKS[-1]}; say hardware.engine: continuous"
+        )
+    return next(size for size in RANKS if size >= rank)

@@ -1,0 +1,289 @@
+"""The vLLM engine against a stand-in for vLLM, which is not installed here and needs a GPU.
+
+The stand-in takes no argument that vLLM 0.30.0 does not have, and generates with `TransformersEngine`. It shows that
+the engine asks for the right things and handles what comes back, not that vLLM runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from stages.core.errors import UserError
+from stages.core.params import BuiltModel, load_params
+from stages.core.policy import load_policy
+from stages.engine import vllm_engine
+from stages.engine.base import Completion, Request, request_seed
+from stages.engine.transformers_engine import TransformersEngine
+from stages.engine.vllm_engine import VllmEngine
+from stages.tiny.model import build_tokenizer
+
+SMALL = Path(__file__).resolve().parents[1] / "small"
+ENDS = [2, 40, 41, 42, 43]
+
+
+class RequestOutputKind(enum.Enum):
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclasses.dataclass
+class SamplingParams:
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    detokenize: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+
+@dataclasses.dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+class LLM:
+    """`llm_engine` finishes one request a step, the last that came in first."""
+
+    made: list[LLM]
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        seed: int = 0,
+        generation_config: str = "auto",
+        logprobs_mode: str = "raw_logprobs",
+        enable_lora: bool = False,
+        max_loras: int = 1,
+        max_lora_rank: int = 16,
+    ) -> None:
+        assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512)
+        assert (dtype, generation_config, logprobs_mode) == ("auto", "vllm", "raw_logprobs")
+        self.model, self.enable_lora, self.max_lora_rank = model, enable_lora, max_lora_rank
+        self.llm_engine = self
+        self.policy: dict[str | None, Any] = {}
+        self.queue: list[tuple[Request, SamplingParams, LoRARequest | None]] = []
+        self.most, self.steps, self.aborted = 0, 0, []
+        self.fails_at, self.loses = None, None
+        LLM.made.append(self)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: dict[str, Any],
+        params: SamplingParams,
+        lora_request: LoRARequest | None = None,
+    ) -> str:
+        assert prompt["type"] == "token"
+        assert (lora_request is not None) == self.enable_lora
+        assert 0 < params.top_p <= 1 and params.max_tokens
+        assert not params.detokenize and params.output_kind is RequestOutputKind.FINAL_ONLY
+        request = Request(
+            request_id, tuple(prompt["prompt_token_ids"]), params.max_tokens,
+            params.temperature, params.top_p, params.seed or 0,
+        )  # fmt: skip
+        assert (params.seed is None) == (params.temperature == 0)
+        self.queue.append((request, params, lora_request))
+        self.most = max(self.most, len(self.queue))
+        return f"{request_id}-5f3a"  # vLLM's own id, made unique; the outputs carry the caller's
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.queue)
+
+    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        self.aborted += request_ids
+        self.queue = [one for one in self.queue if one[0].id not in request_ids]
+
+    def step(self) -> list[Any]:
+        self.steps += 1
+        if self.steps == self.fails_at:
+            raise RuntimeError("EngineCore encountered an issue")
+        request, params, lora = self.queue.pop()
+        if request.id == self.loses:
+            return []
+        folder = lora.lora_path if lora else None
+        if folder not in self.policy:
+            self.policy[folder] = load_policy(Path(folder) if folder else None, Path(self.model))[0]
+        assert params.ignore_eos and params.stop_token_ids
+        if params.logprobs != 0:
+            raise AssertionError("the log-probability of the sampled token alone is wanted")
+        (one,) = TransformersEngine(self.policy[folder], params.stop_token_ids, 0, 1).generate([request])
+        tokens = [*one.tokens, ENDS[0]] if one.finish == "stop" else list(one.tokens)
+        output = types.SimpleNamespace(
+            token_ids=tokens, cumulative_logprob=one.logprob, finish_reason=one.finish, stop_reason=None
+        )
+        running = types.SimpleNamespace(request_id=request.id, finished=False, outputs=[])
+        return [running, types.SimpleNamespace(request_id=request.id, finished=True, outputs=[output])]
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def module(name: str, **content: Any) -> None:
+        made = types.ModuleType(name)
+        vars(made).update(content)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    LLM.made = []
+    module("vllm", LLM=LLM, SamplingParams=SamplingParams)
+    module("vllm.inputs", tokens_input=lambda ids: {"type": "token", "prompt_token_ids": ids})
+    module("vllm.lora")
+    module("vllm.lora.request", LoRARequest=LoRARequest)
+    module("vllm.sampling_params", RequestOutputKind=RequestOutputKind)
+    for name in vllm_engine.SETTINGS:
+        monkeypatch.setenv(name, "unset")  # so that what the engine sets is taken back
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with several end tokens, as the stage `base` writes one."""
+    folder = tmp_path_factory.mktemp("base")
+    spec = load_params(SMALL).model
+    assert isinstance(spec, BuiltModel)
+    tokenizer = build_tokenizer(spec, [("Ann has 3 bags of 4 apples.", "3*4=12\n#### 12")])
+    torch.manual_seed(4)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.25, sliding_window=None,
+        )
+    )  # fmt: skip
+    model.generation_config.eos_token_id = ENDS
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(6)
+    model = get_peft_model(load_policy(None, base)[0], LoraConfig(r=12, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def requests() -> list[Request]:
+    return [
+        Request(
+            str(i), (10 + i, 20, 30), 15,
+            temperature=[0.0, 1.2][i % 2], top_p=[1.0, 0.9][i % 4 // 2], seed=request_seed(1, str(i)),
+        )
+        for i in range(24)
+    ]  # fmt: skip
+
+
+def completed(engine: Any) -> dict[str, Completion]:
+    return {one.id: one for one in engine.generate(requests())}
+
+
+def test_completions_are_those_of_the_policy(base: Path, adapter: Path) -> None:
+    """Tokens without the end token, how each ended, its log-probability; with an adapter and without."""
+    found = {}
+    for folder in (None, adapter):
+        model, _ = load_policy(folder, base)
+        wanted = completed(TransformersEngine(model, ENDS, 0, 8))
+        found[folder] = completed(VllmEngine(folder, base))
+        assert found[folder].keys() == wanted.keys()
+        for identity, one in wanted.items():
+            assert found[folder][identity].tokens == one.tokens
+            assert found[folder][identity].finish == one.finish
+            assert found[folder][identity].logprob == pytest.approx(one.logprob, abs=1e-4)
+        assert {one.finish for one in wanted.values()} == {"stop", "length"}
+    assert found[None] != found[adapter]
+
+
+def test_an_end_token_as_the_last_one_allowed_ends_the_completion() -> None:
+    """Whichever of the two vLLM calls it."""
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.end_ids = ENDS
+    for reason in ("stop", "length"):
+        output = types.SimpleNamespace(token_ids=[7, 8, 41], cumulative_logprob=-2.5, finish_reason=reason)
+        done = engine._completion(Request("a", (1,), 3), output)
+        assert done == Completion("a", (7, 8), "stop", -2.5)
+
+
+@pytest.mark.parametrize(("rank", "room"), [(1, 1), (4, 8), (12, 16), (16, 16), (33, 64), (300, 320)])
+def test_room_for_the_adapters_rank(tmp_path: Path, base: Path, rank: int, room: int) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    VllmEngine(tmp_path, base)
+    assert LLM.made[0].enable_lora and LLM.made[0].max_lora_rank == room
+
+
+def test_an_adapter_too_large_is_said(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 600}))
+    with pytest.raises(UserError, match=r"up to rank 512; say hardware\.engine: continuous"):
+        VllmEngine(tmp_path, base)
+
+
+def test_it_runs_in_this_process_and_reports_to_nobody(base: Path) -> None:
+    VllmEngine(None, base)
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert os.environ["VLLM_NO_USAGE_STATS"] == os.environ["VLLM_DO_NOT_TRACK"] == "1"
+    assert not LLM.made[0].enable_lora
+
+
+def test_what_is_done_is_not_asked_for(base: Path) -> None:
+    engine = VllmEngine(None, base)
+    done = frozenset(str(i) for i in range(20))
+    assert {one.id for one in engine.generate(requests(), done)} == {"20", "21", "22", "23"}
+    assert LLM.made[0].steps == 4
+
+
+def test_only_so_many_are_handed_over_ahead(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "AHEAD", 5)
+    assert len(completed(VllmEngine(None, base))) == 24
+    assert LLM.made[0].most == 5
+
+
+def test_a_lost_request_is_an_error(base: Path) -> None:
+    engine = VllmEngine(None, base)
+    LLM.made[0].loses = "7"
+    with pytest.raises(RuntimeError, match="vLLM lost 1 requests, 7 the first"):
+        completed(engine)
+
+
+def test_a_dead_engine_stays_dead(base: Path) -> None:
+    """What was finished came out; after that nothing does, so that its process ends."""
+    engine = VllmEngine(None, base)
+    LLM.made[0].fails_at = 4
+    running: Iterator[Completion] = engine.generate(requests())
+    assert len([next(running) for _ in range(3)]) == 3
+    with pytest.raises(RuntimeError, match="EngineCore"):
+        next(running)
+    with pytest.raises(RuntimeError, match="a new process is needed"):
+        completed(engine)
+
+
+def test_whoever_leaves_early_leaves_nothing_running(base: Path) -> None:
+    engine = VllmEngine(None, base)
+    running = engine.generate(requests())
+    next(iter(running))
+    running.close()  # type: ignore[attr-defined]
+    assert len(LLM.made[0].aborted) == 23
+    assert len(completed(engine)) == 24
