@@ -6,7 +6,7 @@ from the whole list of requests, so a resumed run computes the same numbers as a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,14 @@ LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of i
 
 
 class TransformersEngine:
-    """Completes requests with `model` (a transformers or PEFT causal model, on any device)."""
+    """Completes requests with `model` (a transformers or PEFT causal model, on any device).
 
-    def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int, batch: int) -> None:
+    `batch` is how many it takes at once, or a function that says so from the longest prompt and limit.
+    """
+
+    def __init__(
+        self, model: Any, end_ids: Sequence[int], pad_id: int, batch: int | Callable[[int, int], int]
+    ) -> None:
         self.model = model
         self.end_ids = torch.tensor(sorted(set(end_ids)), device=model.device)
         self.pad_id = pad_id
@@ -31,10 +36,12 @@ class TransformersEngine:
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Same bytes for the same list of requests on the same kind of processor."""
+        requests = list(requests)
+        size = self.batch if isinstance(self.batch, int) else self.batch(*_longest(requests))
         training = self.model.training
         self.model.eval()
         try:
-            for batch in plan(requests, self.batch):
+            for batch in plan(requests, size):
                 # A batch partly done is computed whole, because its rows share the arithmetic.
                 if any(request.id not in done for request in batch):
                     for completion in self._fitting(batch):
@@ -130,6 +137,12 @@ class TransformersEngine:
             step_ids = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
             positions = positions[:, -1:] + 1
+
+
+def _longest(requests: Sequence[Request]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and the highest limit."""
+    prompt = max((len(request.prompt) for request in requests), default=1)
+    return prompt, max((request.max_new_tokens for request in requests), default=1)
 
 
 class _Draws:
