@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from stages.core.errors import UserError
 from stages.engine.base import Completion, Request, plan
 
 LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
@@ -31,6 +32,7 @@ class TransformersEngine:
         self.end_ids = torch.tensor(sorted(set(end_ids)), device=model.device)
         self.pad_id = pad_id
         self.batch = batch
+        self.most = 0  # rows at once, once memory ran out with more
 
     def generate(
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
@@ -52,6 +54,10 @@ class TransformersEngine:
 
     def _fitting(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Complete a batch, in halves when it does not fit into memory; what was finished stays."""
+        if self.most and len(batch) > self.most:
+            for start in range(0, len(batch), self.most):
+                yield from self._fitting(batch[start : start + self.most])
+            return
         finished: set[str] = set()
         try:
             for completion in self._complete(batch):
@@ -59,13 +65,14 @@ class TransformersEngine:
                 yield completion
             return
         except torch.OutOfMemoryError:
-            rest = [request for request in batch if request.id not in finished]
-            if len(rest) < 2:
-                raise
+            if len(batch) == 1:
+                raise UserError(
+                    f"out of memory with one row of up to {sum(_longest(batch)):,} tokens; lower max_new_tokens, "
+                    "or use a larger GPU"
+                ) from None
+            self.most = (len(batch) + 1) // 2  # later batches have longer prompts
         torch.cuda.empty_cache()
-        middle = (len(rest) + 1) // 2
-        yield from self._fitting(rest[:middle])
-        yield from self._fitting(rest[middle:])
+        yield from self._fitting([request for request in batch if request.id not in finished])
 
     @torch.inference_mode()
     def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
