@@ -39,8 +39,12 @@ def train_everywhere(entry: str, run: StageRun, batch: int) -> None:
     Raises UserError when one row at a time does not fit into memory, or when a process fails.
     """
     limit: int | None = None
+    note = run.work / ROWS
+    note.unlink(missing_ok=True)
     while not _attempt(entry, run, batch, limit):
-        used = read_json(run.work / ROWS)["rows"]
+        if not note.is_file():
+            raise UserError(f"{run.name}: the model does not fit into memory; `python -m stages check` says more")
+        used = read_json(note)["rows"]
         if used == 1:
             raise UserError(
                 f"{run.name}: out of memory with one row at a time; set hardware.gradient_checkpointing: true, "
@@ -103,6 +107,7 @@ def _in_processes(entry: str, run: StageRun, count: int, limit: int | None) -> b
         while any(process.poll() is None for process in processes):
             failed = [process.returncode for process in processes if process.returncode]
             if failed:
+                time.sleep(1)  # another one may be about to say that it ran out of memory
                 break
             time.sleep(0.2)
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.core.devices import micro_batch
@@ -33,6 +34,9 @@ def trainer_arguments(spec: Sft | Dpo, run: StageRun, model: Any) -> dict[str, A
     hardware, seed = run.params.hardware, run.params.seed
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     limit = training_rows(model, spec, hardware)
+    if processes > 1:
+        PartialState()  # joins the other processes
+        limit = min(gather_object([limit]))  # accumulation must be the same in all
     if run.rows_limit is not None:
         limit = min(limit, run.rows_limit)
     micro = micro_batch(spec.batch, processes, limit)

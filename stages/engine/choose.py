@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
         from stages.core.memory import generation_batch
         from stages.engine.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, ends, tokenizer.pad_token_id, generation_batch(model, hardware))
+        rows = partial(generation_batch, model, hardware)
+        return TransformersEngine(model, ends, tokenizer.pad_token_id, rows)
     from stages.engine.continuous_engine import ContinuousEngine
 
     return ContinuousEngine(model, ends, tokenizer.pad_token_id)

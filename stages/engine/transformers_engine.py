@@ -6,35 +6,44 @@ from the whole list of requests, so a resumed run computes the same numbers as a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from stages.core.errors import UserError
 from stages.engine.base import Completion, Request, plan
 
 LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
 
 
 class TransformersEngine:
-    """Completes requests with `model` (a transformers or PEFT causal model, on any device)."""
+    """Completes requests with `model` (a transformers or PEFT causal model, on any device).
 
-    def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int, batch: int) -> None:
+    `batch` is how many it takes at once, or a function that says so from the longest prompt and limit.
+    """
+
+    def __init__(
+        self, model: Any, end_ids: Sequence[int], pad_id: int, batch: int | Callable[[int, int], int]
+    ) -> None:
         self.model = model
         self.end_ids = torch.tensor(sorted(set(end_ids)), device=model.device)
         self.pad_id = pad_id
         self.batch = batch
+        self.most = 0  # rows at once, once memory ran out with more
 
     def generate(
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Same bytes for the same list of requests on the same kind of processor."""
+        requests = list(requests)
+        size = self.batch if isinstance(self.batch, int) else self.batch(*_longest(requests))
         training = self.model.training
         self.model.eval()
         try:
-            for batch in plan(requests, self.batch):
+            for batch in plan(requests, size):
                 # A batch partly done is computed whole, because its rows share the arithmetic.
                 if any(request.id not in done for request in batch):
                     for completion in self._fitting(batch):
@@ -45,6 +54,10 @@ class TransformersEngine:
 
     def _fitting(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Complete a batch, in halves when it does not fit into memory; what was finished stays."""
+        if self.most and len(batch) > self.most:
+            for start in range(0, len(batch), self.most):
+                yield from self._fitting(batch[start : start + self.most])
+            return
         finished: set[str] = set()
         try:
             for completion in self._complete(batch):
@@ -52,13 +65,14 @@ class TransformersEngine:
                 yield completion
             return
         except torch.OutOfMemoryError:
-            rest = [request for request in batch if request.id not in finished]
-            if len(rest) < 2:
-                raise
+            if len(batch) == 1:
+                raise UserError(
+                    f"out of memory with one row of up to {sum(_longest(batch)):,} tokens; lower max_new_tokens, "
+                    "or use a larger GPU"
+                ) from None
+            self.most = (len(batch) + 1) // 2  # later batches have longer prompts
         torch.cuda.empty_cache()
-        middle = (len(rest) + 1) // 2
-        yield from self._fitting(rest[:middle])
-        yield from self._fitting(rest[middle:])
+        yield from self._fitting([request for request in batch if request.id not in finished])
 
     @torch.inference_mode()
     def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
@@ -130,6 +144,12 @@ class TransformersEngine:
             step_ids = chosen[:, None]
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
             positions = positions[:, -1:] + 1
+
+
+def _longest(requests: Sequence[Request]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and the highest limit."""
+    prompt = max((len(request.prompt) for request in requests), default=1)
+    return prompt, max((request.max_new_tokens for request in requests), default=1)
 
 
 class _Draws:
