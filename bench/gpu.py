@@ -15,7 +15,8 @@ Each part runs in a process of its own, so that memory is its own and a failure 
   out first, the rate is that of the completions after the first quarter of it.
 - plain: `model.generate`, 32 rows at a time in their own order, each batch going on until its longest answer is
   done; only tokens up to each row's limit count. A subset, scaled per token.
-- selection: the answers by which DPO chooses its step, by the engine that generates while a model is in training.
+- selection: the answers by which DPO chooses its step, by the engine that generates while a model is in training;
+  beside it the plain rate of the evaluation.
 - SFT, DPO: stages' own arguments and trainers, after 2 warm-up steps, the loss and its FLOPs counted on real tokens
   (padding gets none). Beside them TRL's trainers on the same tokens with nothing set but where to write.
 
@@ -35,11 +36,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="for all parts together (default 9; --small: 1.5)")
     parser.add_argument("--small", action="store_true", help="a tiny model, on the CPU")
     parser.add_argument("--engine", default="auto", help="auto, vllm, continuous or transformers")
+    parser.add_argument("--devices", type=int, help="to scale to (default: all GPUs; with --small: none)")
     parser.add_argument("--skip", nargs="*", default=[], metavar="PART", help="parts by name, as said below")
     parser.add_argument("--try", nargs="*", default=[], dest="trials", metavar="TRIAL",
                         help=f"all, or of: {'; '.join(TRIALS)}")  # fmt: skip
@@ -134,7 +137,7 @@ def main() -> None:
             raise SystemExit(
                 "bench/gpu.py: no NVIDIA GPU that torch can use; --small tries the bench on the CPU"
             )
-        parts = plan_parts(chip["devices"], trials)
+        parts = plan_parts(options.devices or chip["devices"], trials)
         if unknown := [name for name in options.skip if name not in {part.name for part in parts}]:
             raise SystemExit(
                 f"--skip: there is no part {unknown[0]!r}; there are: {', '.join(part.name for part in parts)}"
@@ -169,7 +172,7 @@ def plan_parts(devices: int, trials: Sequence[str]) -> list[Part]:
         Part("rollouts", "generate", {"requests": "rollouts"}, 2.2),
         Part("evaluation", "generate", {"requests": "evaluation"}),
         Part("selection", "generate", {"requests": "selection", "engine": "transformers"}, 0.8),
-        Part("plain", "generate_plainly", {}),
+        Part("plain", "generate_plainly", {}, 1.5),
         Part("sft", "train", {"phase": "sft"}),
         Part("sft by TRL", "train", {"phase": "sft", "defaults": True}),
         Part("dpo", "train", {"phase": "dpo"}),
@@ -205,14 +208,16 @@ def run_part(place: Path, part: Part, seconds: float, small: bool) -> dict[str, 
     command = [sys.executable, str(Path(__file__).resolve()), "--part", str(work.relative_to(place))]
     before, peak = used_memory(), 0
     with (work / "said").open("w+") as said:
-        process = subprocess.Popen(command, cwd=place, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, cwd=place, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
         try:
             while process.poll() is None and time.monotonic() - started < seconds + 60:
                 time.sleep(0.5)
                 peak = max(peak, used_memory())
         finally:
             if timed_out := process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
                 process.wait()
         said.seek(0)
         words = said.read()
@@ -224,8 +229,8 @@ def run_part(place: Path, part: Part, seconds: float, small: bool) -> dict[str, 
         note(words[-2000:])
     else:
         result = read_json(work / RESULT)
-        if peak > before:
-            result["memory"] = peak - before
+        if peak > before:  # the memory of processes that the part itself started
+            result.setdefault("memory", peak - before)
     note(f"{part.name}: {result.get('error', 'done')} ({time.monotonic() - started:.0f} s)")
     return result
 
@@ -257,7 +262,8 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """Head and rows: ours, what a user would run otherwise, how they compare, and the memory of both."""
     plain = results.get("plain", SKIPPED)
-    other = {name: plain.get(name, plain) for name in ("rollouts", "evaluation", "selection")}
+    other = {name: plain.get(name, plain) for name in ("rollouts", "evaluation")}
+    other["selection"] = other["evaluation"]
     other |= {"sft": results.get("sft by TRL", SKIPPED), "dpo": results.get("dpo by TRL", SKIPPED)}
     ours = {name: results.get(name, SKIPPED) for name in other}
     rollouts = params.rollout.questions * params.rollout.per_question
@@ -282,7 +288,7 @@ def table(
             rows.append(row(name, "rate", result, ours[phase]))
         elif " on " in name:
             one = ours[name.partition(" on ")[0]]
-            rows.append(row(f"{name} GPUs (otherwise: on 1)", "rate", result, one))
+            rows.append(row(f"{name} devices (otherwise: on 1)", "rate", result, one))
     head = ["", "ours", "with", "otherwise", "with", "ours is", "peak memory, GiB: ours", "otherwise"]
     return head, rows
 
@@ -345,11 +351,11 @@ def work_on(folder: Path) -> None:
 
     prepare_process()
     plan = read_json(folder / PLAN)
-    params = Sections(load_params(), ("sft", "rollout", "dpo", "evaluate", "prompt", "seed"))
-    params.hardware.__dict__["processes"] = plan["devices"]
-    if "engine" in plan:
-        params.hardware.__dict__["engine"] = plan["engine"]
-    run = StageRun("bench", params, folder, Console(stderr=True))
+    params = load_params()
+    change = {"processes": plan["devices"], "engine": plan.get("engine", params.hardware.engine)}
+    params = params.model_copy(update={"hardware": params.hardware.model_copy(update=change)})
+    sections = ("sft", "rollout", "dpo", "evaluate", "prompt", "seed")
+    run = StageRun("bench", Sections(params, sections), folder, Console(stderr=True))
     if plan["work"] == "train":
         train_for_a_while(run, plan)
         return
@@ -358,11 +364,11 @@ def work_on(folder: Path) -> None:
         "generate": generate,
         "generate_plainly": generate_plainly,
     }
-    write_json(folder / RESULT, {**memory_used(), **work[plan["work"]](run, plan), **memory_used()})
+    write_json(folder / RESULT, work[plan["work"]](run, plan))
 
 
 def memory_used() -> dict[str, int]:
-    """Peak memory of this process: on the GPU, else in main memory. The driver's own figure goes before it."""
+    """Peak memory of this process: what it held of the GPU, else of main memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -412,7 +418,7 @@ def draw_length(rng: random.Random, kind: str, mean: float | None = None) -> int
 def average(kind: str) -> float:
     """The mean of what `draw_length` draws."""
     lengths = LENGTHS[kind]
-    return sum(a + b for a, b in zip(lengths, lengths[1:], strict=False)) / 2 / (len(lengths) - 1)
+    return sum(a + b for a, b in pairwise(lengths)) / 2 / (len(lengths) - 1)
 
 
 def draw_tokens(rng: random.Random, count: int, small: bool) -> list[int]:
@@ -506,48 +512,49 @@ def generate(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
         rate = measure_engine(engine, requests, plan["until"])
         kinds = [type(engine).__name__.removesuffix("Engine").lower(), kernel_of(engine)]
     tokens = sum(one.max_new_tokens for one in requests)
-    return {
-        "rate": rate, "whole": tokens / rate, "requests": len(requests), "with": ", ".join(filter(None, kinds)),
-    }  # fmt: skip
+    result = {"rate": rate, "whole": tokens / rate, "requests": len(requests)}
+    here = memory_used() if hasattr(engine, "model") else {}
+    return {**result, "with": ", ".join(filter(None, kinds)), **here}
 
 
 @contextlib.contextmanager
 def open_bench_engine(run: StageRun, plan: dict[str, Any]) -> Iterator[Engine]:
     """The engine around the model in memory, or, where the engine loads by itself, one that reads it from disk."""
-    from stages.core.policy import adapter_config, adapter_weights, save_adapter
     from stages.engine.choose import engine_kind, make_engine, open_engine
 
     hardware = run.params.hardware
-    from_disk = engine_kind(hardware) == "vllm" or plan["devices"] > 1
-    model, tokenizer = build_policy(plan, run)
-    model.eval()
-    if not from_disk:
-        yield make_engine(model, tokenizer, hardware)
-        return
-    if not SFT_ADAPTER.exists():
-        SFT_ADAPTER.mkdir(parents=True)
-        save_adapter(adapter_weights(model), adapter_config(model), SFT_ADAPTER)
-        model.unload().save_pretrained(BASE)
-        tokenizer.save_pretrained(BASE)
-    del model
-    free_memory()
-    with open_engine(SFT_ADAPTER, hardware) as engine:
-        yield engine
+    if engine_kind(hardware) == "vllm" or plan["devices"] > 1:
+        if not SFT_ADAPTER.exists():
+            save_policy(run, plan)
+        with open_engine(SFT_ADAPTER, hardware) as engine:
+            yield engine
+    else:
+        model, tokenizer = build_policy(plan, run)
+        yield make_engine(model.eval(), tokenizer, hardware)
 
 
-def free_memory() -> None:
-    """Give the GPU back what no tensor uses."""
+def save_policy(run: StageRun, plan: dict[str, Any]) -> None:
+    """Write base, tokenizer and adapter where the stages have them; the GPU is free again afterwards."""
     import gc
 
     import torch
 
+    from stages.core.policy import adapter_config, adapter_weights, save_adapter
+
+    model, tokenizer = build_policy(plan, run)
+    weights, config = adapter_weights(model), adapter_config(model)
+    model.unload().save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+    SFT_ADAPTER.mkdir(parents=True)
+    save_adapter(weights, config, SFT_ADAPTER)
+    del model
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def kernel_of(engine: Engine) -> str:
     """The attention kernel: what the engine names, else what its model is set to."""
-    named = getattr(engine, "attention", None)
+    named = getattr(engine, "kernel", None)
     model = getattr(engine, "model", None)
     return str(named or (model.config._attn_implementation if model is not None else ""))
 
@@ -569,7 +576,7 @@ def measure_engine(engine: Engine, requests: Sequence[Request], until: float) ->
 
 
 def generate_plainly(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
-    """What `model.generate` does with the same requests, batch by batch; a third of the time for each list."""
+    """What `model.generate` does with the same requests, batch by batch; half of the time for each list."""
     import torch
 
     model, _ = build_policy(plan, run)
@@ -579,9 +586,9 @@ def generate_plainly(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
     )
     start = time.time()
     results: dict[str, Any] = {}
-    for turn, kind in enumerate(("rollouts", "evaluation", "selection"), 1):
+    for turn, kind in enumerate(("rollouts", "evaluation"), 1):
         requests = build_requests(kind, run, plan["small"])
-        until = start + (plan["until"] - start) * turn / 3
+        until = start + (plan["until"] - start) * turn / 2
         batches = plain_batches(requests, run.params.seed)
         plain_batch(model, [Request("warm", requests[0].prompt, 8)])
         tokens, began = 0, time.perf_counter()
@@ -680,7 +687,7 @@ def train(run: StageRun) -> None:
         "flops": training + (forward if dpo else 0),
         "seconds": clock.seconds,
         "processes": trainer.accelerator.num_processes,
-        "with": f"{label}, {1 - tokens / places:.0%} padding, {clock.steps} steps",
+        "with": f"{label}, {1 - tokens / places:.0%} padding, steps: {clock.steps}",
         **memory_used(),
     }
     write_json(run.work / RESULT, result)
