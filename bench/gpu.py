@@ -89,6 +89,11 @@ TRIALS: dict[str, dict[str, Any]] = {
     "no casts around the adapter": {"no_casts": True},
     "liger": {"arguments": {"use_liger_kernel": True}},
     "flash attention": {"attention": "flash_attention_2"},
+    "flash attention, padding-free": {
+        "attention": "flash_attention_2",
+        "arguments": {"padding_free": True},
+        "only": "sft",
+    },
     "compiled": {"arguments": {"torch_compile": True}},
 }
 
