@@ -79,23 +79,30 @@ LENGTHS = {
     "prompt": (30, 58, 63, 66, 69, 71, 74, 76, 79, 81, 84, 87, 90, 93, 96, 100, 105, 111, 120, 132, 261),
     "answer": (32, 60, 68, 75, 81, 88, 93, 98, 104, 110, 117, 124, 132, 140, 149, 159, 170, 184, 205, 239, 465),
 }  # fmt: skip
-# What `--try` adds, each beside the pipeline's own setting. What is not installed says so in its row.
+# What `--try` adds, each beside the pipeline's own setting. What is not installed says so in its row. "sorted" puts
+# rows of like length into one step within each global batch, whose rows stay as they were; "no casts" leaves out
+# PEFT's copies of every input in float32, which autocast makes bf16 again.
 TRIALS: dict[str, dict[str, Any]] = {
     "kept activations": {"arguments": {"gradient_checkpointing": False}},
-    "8 rows at once": {"rows": 8},
-    "8 rows at once, each batch sorted": {"rows": 8, "sorted": True},
+    "8 rows": {"rows": 8},
+    "8 rows, sorted": {"rows": 8, "sorted": True},
+    "8 rows, sorted, kept activations": {
+        "rows": 8, "sorted": True, "no_casts": True, "arguments": {"gradient_checkpointing": False},
+    },
     "length groups": {"arguments": {"train_sampling_strategy": "group_by_length"}, "only": "sft"},
-    "padding-free": {"rows": 8, "arguments": {"padding_free": True}, "only": "sft"},
+    "8 rows, padding-free": {"rows": 8, "arguments": {"padding_free": True}, "only": "sft"},
+    "8 rows, padding-free, kept activations": {
+        "rows": 8, "no_casts": True, "only": "sft",
+        "arguments": {"padding_free": True, "gradient_checkpointing": False},
+    },
     "no casts around the adapter": {"no_casts": True},
     "liger": {"arguments": {"use_liger_kernel": True}},
     "flash attention": {"attention": "flash_attention_2"},
     "flash attention, padding-free": {
-        "attention": "flash_attention_2",
-        "arguments": {"padding_free": True},
-        "only": "sft",
+        "attention": "flash_attention_2", "arguments": {"padding_free": True}, "only": "sft",
     },
     "compiled": {"arguments": {"torch_compile": True}},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -574,6 +581,9 @@ def measure_engine(engine: Engine, requests: Sequence[Request], until: float) ->
         finished.append((time.perf_counter() - start, tokens))
         if finished[-1][0] > seconds:
             break
+    else:
+        if len(finished) < len(requests):
+            raise RuntimeError(f"the engine gave {len(finished)} completions for {len(requests)} requests")
     end = finished[-1][0]
     opening = 0.0 if len(finished) == len(requests) else seconds / 4
     counted = sum(tokens for when, tokens in finished if when > opening)
