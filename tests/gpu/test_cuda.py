@@ -1,0 +1,198 @@
+"""Generation and training on a GPU in bf16, on a small random Mistral; left out where torch finds no GPU.
+
+Written on a machine without one: nothing here has run on a GPU yet (docs/gpus.md says when that has changed).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, SFTConfig, SFTTrainer
+
+from stages.core.params import Dpo, Hardware, Lora, Sft
+from stages.core.policy import adapter_weights
+from stages.core.training import trainer_arguments
+from stages.dpo import PairTrainer
+from stages.engine.base import Completion, Request, request_seed
+from stages.engine.choose import make_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+VOCABULARY, PAD, START, END = 512, 0, 1, 2
+DEVICE = "cuda"
+TRAINING: dict[str, Any] = {
+    "epochs": 1, "batch": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0, "max_tokens": 80, "checkpoint_steps": 100,
+}  # fmt: skip
+SFT = Sft(examples=None, styles=["plain"], lora=Lora(r=8, alpha=16, dropout=0.05), **TRAINING)
+DPO = Dpo(
+    beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0], select_steps=100, select_questions=1,
+    select_samples=0, select_max_new_tokens=8, **TRAINING,
+)  # fmt: skip
+
+
+def hardware(engine: Any = "auto") -> Hardware:
+    """One process, two rows a step, so that a batch of four accumulates."""
+    return Hardware(
+        threads=None, processes=1, engine=engine, generation_batch=16, per_device_batch=2,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """A word for each token of the model."""
+    words = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>"])}
+    words |= {f"w{i}": i for i in range(3, VOCABULARY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")),
+        bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def policy() -> Any:
+    """A base in bf16 with an adapter that changes what it says."""
+    torch.manual_seed(5)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, sliding_window=None,
+        initializer_range=0.1, bos_token_id=START, eos_token_id=END, pad_token_id=PAD,
+    )  # fmt: skip
+    base = MistralForCausalLM(config).to(DEVICE, torch.bfloat16)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    return model.eval()
+
+
+def tokens(rng: random.Random, most: int = 30) -> list[int]:
+    """Some tokens at random."""
+    return [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(3, most))]
+
+
+# ---- Generation ----------------------------------------------------------------------------------------
+
+
+def requests() -> list[Request]:
+    """Greedy and drawn ones, limits of their own."""
+    rng = random.Random(1)
+    made = []
+    for number in range(24):
+        prompt = (START, *tokens(rng))
+        made.append(Request(f"{number}/greedy", prompt, 20 + number))
+        made.append(Request(f"{number}/drawn", prompt, 40, 1.0, 0.9, request_seed(3, str(number))))
+    return made
+
+
+def complete(
+    policy: Any, tokenizer: Any, kind: str, done: frozenset[str] = frozenset()
+) -> dict[str, Completion]:
+    """What an engine makes of the requests."""
+    found = list(make_engine(policy, tokenizer, hardware(kind)).generate(requests(), done))
+    assert len({one.id for one in found}) == len(found)
+    return {one.id: one for one in found}
+
+
+@pytest.mark.parametrize("kind", ["transformers", "continuous"])
+def test_every_request_comes_back_as_it_asked(policy: Any, tokenizer: Any, kind: str) -> None:
+    """Once each, within its limit, ended as it says, with a log-probability; what is done is not done again."""
+    found = complete(policy, tokenizer, kind)
+    for request in requests():
+        one = found[request.id]
+        assert len(one.tokens) == request.max_new_tokens or one.finish == "stop"
+        assert len(one.tokens) <= request.max_new_tokens
+        assert END not in one.tokens
+        assert -math.inf < one.logprob < 0
+    done = frozenset(list(found)[:30])
+    assert complete(policy, tokenizer, kind, done).keys() == found.keys() - done
+
+
+def test_engines_agree_on_greedy_answers(policy: Any, tokenizer: Any) -> None:
+    """bf16 sums in another order part some rows at near-ties; most stay the same."""
+    batched, continuous = (complete(policy, tokenizer, kind) for kind in ("transformers", "continuous"))
+    greedy = [one for one in batched if one.endswith("greedy")]
+    same = sum(batched[one].tokens == continuous[one].tokens for one in greedy)
+    assert same / len(greedy) >= 0.6
+    starts = sum(batched[one].tokens[:3] == continuous[one].tokens[:3] for one in greedy)
+    assert starts / len(greedy) >= 0.8
+
+
+def test_the_adapter_is_applied(policy: Any, tokenizer: Any) -> None:
+    """Without it the model says something else."""
+    with_it = complete(policy, tokenizer, "auto")
+    with policy.disable_adapter():
+        without = complete(policy, tokenizer, "auto")
+    assert any(with_it[one].tokens != without[one].tokens for one in with_it)
+
+
+# ---- Training ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(policy: Any, tokenizer: Any, tmp_path: Path) -> Callable[[str], tuple[Any, list[dict[str, Any]]]]:
+    """Train for one epoch of two steps as a stage does; gives the trainer and its log."""
+    run = SimpleNamespace(
+        params=SimpleNamespace(hardware=hardware(), seed=3), work=tmp_path / "work", rows_limit=None
+    )
+    run.work.mkdir()
+
+    def train(phase: str) -> tuple[Any, list[dict[str, Any]]]:
+        rng, rows = random.Random(2), []
+        spec = SFT if phase == "sft" else DPO
+        for _ in range(8):
+            before, good, bad = [START, *tokens(rng)], [*tokens(rng), END], [*tokens(rng), END]
+            if phase == "sft":
+                rows.append({"input_ids": before + good, "labels": [-100] * len(before) + good})
+            else:
+                rows.append({"prompt_ids": before, "chosen_ids": good, "rejected_ids": bad})
+        arguments = trainer_arguments(spec, run, policy) | {"save_strategy": "no"}
+        assert arguments["bf16"] is True and arguments["use_cpu"] is False
+        common = {"model": policy, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+        if phase == "sft":
+            config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
+            trainer: Any = SFTTrainer(args=config, **common)
+        else:
+            trainer = PairTrainer(args=DPOConfig(**arguments, beta=0.1), **common)
+        trainer.train()
+        return trainer, [row for row in trainer.state.log_history if "loss" in row]
+
+    return train
+
+
+def test_a_step_of_sft_changes_the_adapter_alone(policy: Any, trained: Any) -> None:
+    """Two steps, finite losses, every B moved, no weight of the base touched."""
+    before = adapter_weights(policy)
+    base = {name: w.clone() for name, w in policy.named_parameters() if "lora_" not in name}
+    trainer, log = trained("sft")
+    assert trainer.state.global_step == len(log) == 2
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in log)
+    after = adapter_weights(policy)
+    assert all(not torch.equal(after[name], w) for name, w in before.items() if "lora_B" in name)
+    assert all(torch.equal(w, base[name]) for name, w in policy.named_parameters() if name in base)
+
+
+def test_dpo_starts_at_its_reference_and_leaves_it(policy: Any, trained: Any) -> None:
+    """The first loss is log 2, to what bf16 rounds; the reference stays the adapter it was."""
+    before = adapter_weights(policy)
+    _, log = trained("dpo")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.01)
+    reference = adapter_weights(policy, "ref")
+    assert all(torch.equal(reference[name], w) for name, w in before.items())
+    after = adapter_weights(policy)
+    assert any(not torch.equal(after[name], w) for name, w in before.items())

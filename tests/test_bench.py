@@ -1,0 +1,128 @@
+"""bench/gpu.py counts what it says it counts, and a part that fails costs its row only."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = [
+    "evaluation",
+    "selection",
+    "plain",
+    "sft by TRL",
+    "dpo",
+    "dpo by TRL",
+]  # left out below: seconds each
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/gpu.py, imported as its own processes import it."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("gpu")
+
+
+def test_flops_are_those_that_torch_counts(gpu: ModuleType) -> None:
+    """Forward and LoRA's backward; torch counts all of the plain attention, the bench its causal half."""
+    lora = SimpleNamespace(r=8, alpha=16, dropout=0.0)
+    run = SimpleNamespace(params=SimpleNamespace(seed=1, sft=SimpleNamespace(lora=lora)))
+    model, _ = gpu.build_policy({"small": True, "attention": "eager"}, run)
+    model.enable_input_require_grads()  # as under gradient checkpointing
+    rows, length = 3, 96
+    with FlopCounterMode(display=False) as forward:
+        logits = model(input_ids=torch.randint(3, 500, (rows, length)), use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    weights = gpu.count_weights(model)
+    ours, ours_training = gpu.row_flops(weights, rows * length, rows * length**2, rows * length)
+    causal_half = 2 * weights["attention"] * rows * length**2
+    assert ours + causal_half == forward.get_total_flops()
+    assert ours_training + 3 * causal_half == forward.get_total_flops() + backward.get_total_flops()
+
+
+def test_lengths_have_the_mean_they_are_said_to_have(gpu: ModuleType) -> None:
+    """GSM8K's own means (88.2 and 128.6 tokens) to 3 %, and the stretched one."""
+    rng = random.Random(3)
+    for kind, mean, wanted in [("prompt", None, 88.2), ("answer", None, 128.6), ("answer", 200, 200)]:
+        drawn = [gpu.draw_length(rng, kind, mean) for _ in range(20_000)]
+        assert sum(drawn) / len(drawn) == pytest.approx(wanted, rel=0.03)
+        assert min(drawn) > 0
+
+
+def test_every_request_has_a_limit_and_arms_share_their_questions_prompt(gpu: ModuleType) -> None:
+    """8 arms in four styles: four prompts a question."""
+    styles = ["a", "b", "c", "d"]
+    arms = {
+        f"{style}{heat}": SimpleNamespace(style=style, temperature=heat, top_p=0.9)
+        for style in styles
+        for heat in (0.6, 1.0)
+    }
+    params = SimpleNamespace(
+        seed=1, prompt=SimpleNamespace(styles=styles), rollout=SimpleNamespace(questions=5, arms=arms)
+    )
+    requests = gpu.build_requests("rollouts", SimpleNamespace(params=params), True)
+    assert len({one.id for one in requests}) == len(requests) == 40
+    assert len({one.prompt for one in requests}) == 20
+    assert len({one.max_new_tokens for one in requests}) > 20
+    batches = gpu.plain_batches(requests, 1)
+    assert sorted(one.id for batch in batches for one in batch) == sorted(one.id for one in requests)
+    assert all(len({one.temperature for one in batch}) == 1 for batch in batches)
+
+
+def test_a_stopped_measurement_leaves_out_the_first_quarter(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that takes one second for 10 tokens: 40 requests in 40 s, of which 20 s are allowed."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(gpu.time, "time", lambda: clock.now)
+
+    class Slow:
+        def generate(self, requests: Any) -> Any:
+            for one in requests:
+                clock.now += 1.0 if clock.now >= 4 else 2.0  # it warms up at first
+                yield SimpleNamespace(id=one, tokens=range(10), finish="length")
+
+    assert gpu.measure_engine(Slow(), range(40), until=20.0) == pytest.approx(10.0)
+    clock.now = 0.0
+    assert gpu.measure_engine(Slow(), range(40), until=100.0) == pytest.approx(400 / 42)
+
+
+def test_the_projection_is_the_sum_of_the_profiles_work(gpu: ModuleType, tmp_path: Path) -> None:
+    """At round rates: 4,000 rollouts, 3 x 1,209 x 5 answers, 5 looks of 400, 3 epochs, 2,500 pairs."""
+    place = gpu.prepare_place(tmp_path / "place", False, "auto")
+    params = gpu.load_params(place)
+    rates = {"rollouts": 8000, "evaluation": 4000, "selection": 1000, "sft": 10_000, "dpo": 10}
+    results = {name: {"rate": rate} for name, rate in rates.items()}
+    sft = 7473 * 3 * (gpu.average("prompt") + gpu.average("answer")) / 10_000
+    wanted = 100 + 3 * 1209 * 5 * 200 / 4000 + 400 + sft + 250
+    assert gpu.project(results, params, samples=4)["minutes"] == pytest.approx(wanted / 60)
+    missing = gpu.project({**results, "dpo": {"error": "no memory"}}, params, samples=4)
+    assert missing == {"error": "needs dpo"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed here")
+def test_a_part_that_fails_says_so_in_its_row_and_the_rest_goes_on() -> None:
+    """An engine that is not there; SFT is measured all the same, in a process of its own."""
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--small", "--minutes", "0.1"]
+    done = subprocess.run(
+        [*command, "--engine", "vllm", "--skip", *PARTS], capture_output=True, text=True, check=True
+    )
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = {cells[1].strip(): cells for cells in lines}
+    assert "vllm is not installed" in rows["rollouts, tokens/s"][2]
+    assert float(rows["SFT, tokens/s"][2].replace(",", "")) > 0
+    assert 0 < float(rows["SFT, share of the matmul rate"][2]) < 1
+    assert "skipped" in rows["SFT, tokens/s"][4]
+    assert "needs rollouts" in rows["the whole pipeline, projected, min"][2]
