@@ -228,6 +228,13 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
 
+    def clear(self) -> None:
+        """Forget all records, once they are kept elsewhere."""
+        with self._writing():
+            self._file.flush()
+            self._file.truncate(0)
+        self.records.clear()
+
     def close(self) -> None:
         """Flush and let the lock go."""
         try:
