@@ -1,0 +1,81 @@
+"""Which engine a machine gets, and what it is told."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stages.core.errors import UserError
+from stages.core.params import Hardware, load_params
+from stages.engine import choose, workers
+from stages.engine.base import end_ids
+
+SMALL = Path(__file__).resolve().parents[1] / "small"
+
+
+def hardware(**values: Any) -> Hardware:
+    return load_params(SMALL).hardware.model_copy(update=values)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "vllm", "kind"),
+    [
+        (False, False, "transformers"),
+        (False, True, "transformers"),
+        (True, False, "continuous"),
+        (True, True, "vllm"),
+    ],
+)
+def test_auto_takes_the_best_there_is(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, vllm: bool, kind: str
+) -> None:
+    spec = importlib.machinery.ModuleSpec("vllm", None) if vllm else None
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert choose.engine_kind(hardware(engine="auto")) == kind
+
+
+def test_an_engine_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vllm is not installed; `pip install -r requirements-gpu\.txt`"):
+        choose.engine_kind(hardware(engine="vllm"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "declared", "ends"),
+    [(2, None, [2]), (2, 5, [2, 5]), (2, [9, 2], [2, 9]), (None, [7], [7]), (None, None, [])],
+)
+def test_every_end_token_counts(tokenizers: int | None, declared: Any, ends: list[int]) -> None:
+    tokenizer, config = SimpleNamespace(eos_token_id=tokenizers), SimpleNamespace(eos_token_id=declared)
+    assert end_ids(tokenizer, config) == ends
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "seen"), [(None, 1, "1"), ("4,6", 1, "6"), ("GPU-a,GPU-b", 0, "GPU-a"), ("", 1, "")]
+)
+def test_a_process_sees_its_own_gpu_only(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, rank: int, seen: str
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "unset")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    workers._own_device(rank)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert os.environ["LOCAL_RANK"] == "0"
+    os.environ.pop("CUDA_VISIBLE_DEVICES")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(UserError, match=r"hardware\.processes: 3, but there are 2 GPUs; say auto"),
+        workers.WorkersEngine(None, hardware(), 3),
+    ):
+        pass
