@@ -233,8 +233,8 @@ def generation_need(shape: Shape, rank: int | None, prompt: int, new: int) -> Ne
     fixed = shape.parameters() * shape.width + (shape.adapter_parameters(rank) * 4 if rank else 0)
     token = 2 * shape.keys * shape.width * (shape.layers + 2)
     room = prompt + new + 64
-    # Reading: gate and up, with LoRA two 32-bit numbers beside them; states, queries, repeated keys and values; the mask of a
-    # padded batch, as truth values and as numbers.
+    # Reading: gate and up, and LoRA's branch in 32 bits beside them; states, queries, repeated keys and values;
+    # the mask of a padded batch, as truth values and as numbers.
     wide = 2 * shape.width + 10 if rank else 3 * shape.width
     reading = prompt * (token + shape.ffn * wide + (4 * shape.hidden + 3 * shape.queries) * shape.width)
     reading += prompt * prompt * (shape.width + 1)
