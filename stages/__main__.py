@@ -127,12 +127,16 @@ def report() -> None:
 
 
 @app.command(rich_help_panel=TOOLS)
-def check() -> None:
-    """Validate everything without running anything, and show the first prompts."""
+def check(
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="Ask for GPUs of this size (GiB) in place of this machine's.", min=1)
+    ] = None,
+) -> None:
+    """Validate everything without running anything, say whether it fits, and show the first prompts."""
     prepare_process()
     from stages.tools import check as tool
 
-    tool.main()
+    tool.main(gpu_memory=gpu_memory)
 
 
 @app.command(rich_help_panel=TOOLS)

@@ -226,20 +226,21 @@ def generation_need(shape: Shape, rank: int | None, prompt: int, new: int) -> Ne
     """What generating with transformers needs, for prompts and completions of at most `prompt` and `new` tokens.
 
     Once: the weights, and the adapter in 32 bits (`rank` None: there is none). A row: its keys and values in every
-    block, with a spare block's worth for the moment in which a cache grows or loses finished rows; and the
-    larger of what reading its prompt takes, all rows at once, and what choosing a token from its logits takes.
+    block, with two blocks' worth to spare for the moment in which a cache grows or loses finished rows; and beside
+    those of the prompt what reading it takes, all rows at once, or beside those of all tokens what choosing the
+    next one from its logits takes.
     """
     fixed = shape.parameters() * shape.width + (shape.adapter_parameters(rank) * 4 if rank else 0)
+    token = 2 * shape.keys * shape.width * (shape.layers + 2)
     room = prompt + new + 64
-    cache = 2 * shape.keys * shape.width * (shape.layers + 2) * room
-    # Reading: gate, up and product, one more for LoRA's 32-bit copy; states, queries and repeated keys and values;
+    # Reading: gate and up, and LoRA's branch in 32 bits beside them; states, queries, repeated keys and values;
     # the mask of a padded batch, as truth values and as numbers.
-    wide = 3 * shape.width + (8 if rank else 0)
-    reading = prompt * (shape.ffn * wide + shape.hidden * (4 * shape.width + 8) + 4 * shape.queries * shape.width)
+    wide = 2 * shape.width + 10 if rank else 3 * shape.width
+    reading = prompt * (token + shape.ffn * wide + (4 * shape.hidden + 3 * shape.queries) * shape.width)
     reading += prompt * prompt * (shape.width + 1)
     # Choosing: logits, probabilities and their sums in 32 bits, sorted ones with 64-bit places, and sorting's own.
-    choosing = 56 * shape.vocab + 12 * room
-    return Need(fixed, cache + max(reading, choosing))
+    choosing = room * (token + 12) + 48 * shape.vocab
+    return Need(fixed, max(reading, choosing))
 
 
 # ---- This process's device ---------------------------------------------------------------------------

@@ -104,9 +104,8 @@ def _in_processes(entry: str, run: StageRun, count: int, limit: int | None) -> b
         command = [sys.executable, "-m", "stages.core.processes", order]
         processes.append(subprocess.Popen(command, env=environment))
     try:
-        while any(process.poll() is None for process in processes):
-            failed = [process.returncode for process in processes if process.returncode]
-            if failed:
+        while None in (states := [process.poll() for process in processes]):  # all: a later one may end first
+            if any(states):
                 time.sleep(1)  # another one may be about to say that it ran out of memory
                 break
             time.sleep(0.2)

@@ -1,6 +1,10 @@
-"""`python -m stages check`: what can be known before a run, and the first filled prompt of every stage.
+"""`python -m stages check`: what can be known before a run: files, memory, and every stage's first prompt.
 
-Nothing runs and nothing is written: a wrong template or path is seen here, before it costs a night.
+Nothing runs and nothing is written: a wrong template or path, or a model too large for the GPU, is seen here,
+before it costs a night.
+
+    stage          needs      rows at once               fits
+    sft            32.9 GiB   32                         yes
 """
 
 from __future__ import annotations
@@ -11,8 +15,21 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.core import memory
+from stages.core.devices import micro_batch, training_processes
 from stages.core.errors import UserError
-from stages.core.params import DirectoryModel, FilesData, GeneratedData, Params, load_params
+from stages.core.memory import GIB, Device, Need, Shape
+from stages.core.params import (
+    BuiltModel,
+    DirectoryModel,
+    Dpo,
+    FilesData,
+    GeneratedData,
+    HubModel,
+    Params,
+    Sft,
+    load_params,
+)
 from stages.core.prompts import completion_text, prompt_messages, prompt_text
 from stages.core.records import read_json, read_jsonl
 
@@ -29,10 +46,10 @@ SAMPLE = {
 }
 
 
-def main(console: Console | None = None) -> None:
-    """Check parameters, files and prompts, and print what was found.
+def main(console: Console | None = None, gpu_memory: float | None = None) -> None:
+    """Check parameters, files, memory and prompts, and print what was found.
 
-    Raises UserError for the first thing that is wrong, after all of them were listed.
+    `gpu_memory` (GiB) asks for GPUs of that size in place of what this machine has. Raises UserError for the first thing that is wrong, after all of them were listed.
     """
     from rich.console import Console
 
@@ -43,6 +60,7 @@ def main(console: Console | None = None) -> None:
     problems = [f"{name}: {problem}" for name, problem in checks if problem]
     if problems:
         raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
+    _print_memory(console, params, gpu_memory)
     example, origin = _example(params)
     tokenizer, note = _tokenizer(params)
     console.print(
@@ -83,6 +101,132 @@ def _files(params: Params) -> Iterator[tuple[str, str]]:
             f"model.path {folder}",
             "" if found else "holds no config.json; name a model's folder as on the hub",
         )
+
+
+# ---- Does it fit? ------------------------------------------------------------------------------------
+
+
+def _print_memory(console: Console, params: Params, gpu_memory: float | None) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    devices = find_devices(params, gpu_memory)
+    device = min(devices, key=lambda one: one.free)  # every process takes as many rows as the smallest can
+    size = f"{device.free / GIB:.1f} GiB free of {device.total / GIB:.1f}"
+    if gpu_memory:
+        size = f"{gpu_memory:g} GiB"
+    console.print(f"\n{_count(len(devices), 'process')} on {escape(device.name)}, {size}", style="bold")
+    shape = find_shape(params)
+    if shape is None:
+        console.print("What the stages need is known once the model's config is here: `dvc repro base`.")
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for title in ("stage", "needs", "rows at once", "fits"):
+        table.add_column(title)
+    for row in estimates(params, shape, device, len(devices)):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def find_devices(params: Params, gpu_memory: float | None = None) -> list[Device]:
+    """One for each process that this host will use; torch is asked only where there is a GPU's driver."""
+    wanted = params.hardware.processes
+    if gpu_memory:
+        count = 1 if wanted == "auto" else wanted
+        return [Device("GPU", True, int(gpu_memory * GIB), int(gpu_memory * GIB) - memory.CONTEXT)] * count
+    if any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
+        import torch
+
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        devices = []
+        for index in range(found if wanted == "auto" else min(found, wanted)):
+            free, total = torch.cuda.mem_get_info(index)
+            devices.append(Device(torch.cuda.get_device_name(index), True, total, free))
+        if devices:
+            return devices
+    count = 1 if wanted == "auto" else wanted
+    return [memory.cpu_device(count)] * count
+
+
+def find_shape(params: Params) -> Shape | None:
+    """The base model's shape, from its config: of checkpoints/base, its folder, or the hub's cache; else None."""
+    model = params.model
+    if isinstance(model, BuiltModel):
+        return memory.shape_of_built(model)
+    places = []
+    manifest = BASE / "manifest.json"
+    if manifest.is_file() and read_json(manifest)["params"]["model"] == params.model_dump(mode="json")["model"]:
+        places.append(BASE / "config.json")
+    if isinstance(model, HubModel):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+        places += [Path(cached)] if isinstance(cached, str) else []
+    else:
+        places.append(Path(model.path) / "config.json")
+    for place in places:
+        if place.is_file():
+            return memory.shape_of_config({**read_json(place), "dtype": model.dtype}, str(place))
+    return None
+
+
+def estimates(params: Params, shape: Shape, device: Device, processes: int) -> Iterator[tuple[str, ...]]:
+    """(stage, memory needed, rows at once and what follows, whether it fits) for every stage with a model."""
+    lora = params.sft.lora
+    for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
+        need = memory.training_need(
+            shape, spec, lora.r, lora.dropout > 0, params.hardware.gradient_checkpointing, device.cuda
+        )
+        yield (name, *_training(params, spec, need, device, processes))
+    prompt = memory.PROMPT_TOKENS
+    lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}
+    for name, new in lengths.items():
+        need = memory.generation_need(shape, lora.r, prompt, new)
+        given = params.hardware.generation_batch
+        rows = memory.generation_rows(need, device) if given == "auto" else given
+        advice = "lower hardware.generation_batch" if rows > 1 else f"lower {name}.max_new_tokens"
+        # vLLM and continuous batching fill what memory there is by themselves; then this is what one row needs.
+        yield (name, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
+
+
+def _training(
+    params: Params, spec: Sft | Dpo, need: Need, device: Device, available: int
+) -> tuple[str, str, str]:
+    given = params.hardware.per_device_batch
+    processes = training_processes(available, spec.batch)
+    limit = max(1, need.rows(device.free)) if given == "auto" else given
+    rows = micro_batch(spec.batch, processes, limit)
+    steps = spec.batch // (rows * processes)
+    unit = "pairs" if isinstance(spec, Dpo) else "rows"
+    follows = f"{rows} {unit}"
+    if processes > 1:
+        follows += f" x {processes} processes"
+    if steps > 1:
+        follows += f" x {steps} passes"
+    follows += f" = {spec.batch}" if steps * processes > 1 else ""
+    if rows > 1:
+        advice = "lower hardware.per_device_batch"
+    elif not params.hardware.gradient_checkpointing:
+        advice = "set hardware.gradient_checkpointing: true"
+    else:
+        advice = f"lower {'dpo' if isinstance(spec, Dpo) else 'sft'}.max_tokens"
+    return f"{need.at(rows) / GIB:.1f} GiB", follows, _verdict(need, rows, device, advice)
+
+
+def _verdict(need: Need, rows: int, device: Device, advice: str) -> str:
+    if need.rows(device.free) >= rows:
+        return "yes"
+    if need.fixed > device.free * memory.USED:
+        return f"no: {need.fixed / GIB:.1f} GiB before the first row; use a larger GPU"
+    return f"no: {advice}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}es"
+
+
+# ---- Files and prompts -------------------------------------------------------------------------------
 
 
 def _scorer_problem(path: Path) -> str:

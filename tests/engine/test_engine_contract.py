@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+from stages.core.errors import UserError
 from stages.core.params import BuiltModel, load_params
 from stages.engine.base import Completion, Engine, Request, request_seed
 from stages.engine.continuous_engine import ContinuousEngine
@@ -330,3 +331,50 @@ def test_request_seeds_differ_by_run_question_and_arm() -> None:
     assert len(seeds) == 2 * 50 * 8
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert request_seed(17, "rollout", "train-00003", "1") == request_seed(17, "rollout", "train-00003", "1")
+
+
+@pytest.mark.parametrize("most", [1, 5])
+def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Every request is completed, as by a batch that fitted from the start; what is known to fit is kept to."""
+    requests = mixed_requests()
+    wanted = complete(model, requests, batch=1)
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = len(kwargs["input_ids"])
+        if rows > most and kwargs["input_ids"].shape[1] == 1:  # once prompts were read
+            sizes.append(rows)
+            raise torch.OutOfMemoryError("simulated")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    found = complete(model, requests, batch=16)
+    assert found.keys() == wanted.keys()
+    assert all(found[key].tokens == one.tokens for key, one in wanted.items())
+    assert len(sizes) <= 4  # 16, 8, 4, 2; not again for every batch
+
+
+def test_one_row_out_of_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing left to halve."""
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(type(model), "forward", never)
+    with pytest.raises(UserError, match="out of memory with one row of up to 8 tokens; lower max_new_tokens"):
+        complete(model, [Request("a", (3, 4, 5), 5), Request("b", (3, 4, 6), 5)])
+
+
+def test_the_batch_may_follow_from_the_requests(model: Any) -> None:
+    """As `generation_batch: auto` does, from the longest prompt and the highest limit."""
+    asked: list[tuple[int, int]] = []
+
+    def rows(prompt: int, new: int) -> int:
+        asked.append((prompt, new))
+        return 16
+
+    requests = mixed_requests()
+    made = {one.id: one for one in TransformersEngine(model, END, PAD, rows).generate(requests)}
+    assert made == complete(model, requests, batch=16)
+    assert asked == [(max(len(one.prompt) for one in requests), max(one.max_new_tokens for one in requests))]

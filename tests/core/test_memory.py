@@ -1,0 +1,293 @@
+"""The estimates against what real training steps and real generation take, counted on the CPU."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, SFTConfig, SFTTrainer
+
+from stages.core import memory
+from stages.core.errors import UserError
+from stages.core.memory import GIB, Device, Need, Shape, generation_need, training_need
+from stages.core.params import Dpo, Hardware, Lora, Sft
+from stages.dpo import PairTrainer
+from stages.engine.base import Request
+from stages.engine.transformers_engine import TransformersEngine
+
+# hidden, layers, heads, kv heads, ffn, vocab, LoRA rank, rows, tokens
+SHAPES = [
+    (64, 4, 4, 2, 224, 300, 4, 4, 100),
+    (128, 6, 8, 2, 352, 1000, 16, 3, 200),
+    (256, 3, 4, 4, 512, 2000, 8, 2, 120),
+]
+PRECISIONS = [torch.float32, torch.bfloat16]
+HARDWARE = Hardware(
+    threads=1, processes=1, engine="auto", generation_batch="auto", per_device_batch="auto",
+    gradient_checkpointing=True,
+)  # fmt: skip
+# GAIR/Abel-7B-002's config.
+ABEL = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "vocab_size": 32032, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors made inside the block: those alive now, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, Any] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.alive:
+            return
+
+        def gone(_: Any) -> None:
+            del self.alive[place]
+            self.now -= size
+
+        self.alive[place] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def sft_spec(tokens: int, rank: int, dropout: float = 0.0) -> Sft:
+    return Sft(
+        examples=None, styles=["plain"], epochs=1, batch=64, learning_rate=1e-2, warmup_ratio=0.0,
+        max_tokens=tokens, checkpoint_steps=100, lora=Lora(r=rank, alpha=8, dropout=dropout),
+    )  # fmt: skip
+
+
+def dpo_spec(tokens: int) -> Dpo:
+    return Dpo(
+        beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0], epochs=1, batch=64, learning_rate=1e-2,
+        warmup_ratio=0.0, max_tokens=tokens, checkpoint_steps=100, select_steps=100, select_questions=1,
+        select_samples=0, select_max_new_tokens=8,
+    )  # fmt: skip
+
+
+def make_model(sizes: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float = 0.0) -> Any:
+    hidden, layers, heads, kv_heads, ffn, vocab = sizes[:6]
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, sliding_window=None, pad_token_id=0,
+    )  # fmt: skip
+    lora = LoraConfig(r=rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(MistralForCausalLM(config).to(dtype), lora)
+
+
+def shape_of(model: Any) -> Shape:
+    return memory._shape(model)
+
+
+def draw(vocab: int, count: int) -> list[int]:
+    return torch.randint(4, vocab, (count,)).tolist()
+
+
+def training_peak(
+    what: str, sizes: tuple[int, ...], dtype: torch.dtype, checkpointing: bool, dropout: float, folder: Path
+) -> tuple[int, Shape]:
+    """The most bytes there are in two steps of TRL's trainer, weights and optimizer included."""
+    vocab, rank, rows, tokens = sizes[5:]
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+    )  # fmt: skip
+    common: dict[str, Any] = {
+        "output_dir": str(folder), "per_device_train_batch_size": rows, "max_steps": 2, "max_length": None,
+        "bf16": dtype == torch.bfloat16, "gradient_checkpointing": checkpointing, "use_cpu": True,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    with Peak() as peak:
+        model = make_model(sizes, dtype, rank, dropout)
+        half = tokens // 2
+        if what == "sft":
+            texts = [draw(vocab, tokens - 10 * (row % 2)) for row in range(2 * rows)]  # padded batches
+            data = [{"input_ids": text, "labels": [-100] * half + text[half:]} for text in texts]
+            arguments = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
+            trainer: Any = SFTTrainer
+        else:
+            data = [
+                {
+                    "prompt_ids": draw(vocab, half),
+                    "chosen_ids": draw(vocab, half),
+                    "rejected_ids": draw(vocab, half - row % 7),
+                }
+                for row in range(2 * rows)
+            ]
+            arguments = DPOConfig(**common, beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0])
+            trainer = PairTrainer
+        trainer(
+            model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+        ).train()
+    return peak.most, shape_of(model)
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("what", "dropout"), [("sft", 0.05), ("sft", 0.0), ("dpo", 0.0)])
+def test_training(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    what: str,
+    dropout: float,
+    checkpointing: bool,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+) -> None:
+    """Never more than 10 % too low, nor 60 % too high, over weights, adapter, activations and the output layer.
+
+    The output layer's tile is made as small against these models as it is against a real one.
+    """
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
+    monkeypatch.setattr(trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", 64)
+    monkeypatch.setattr(memory, "HEAD_COLUMNS", 256)
+    monkeypatch.setattr(memory, "HEAD_TOKENS", 64)
+    rank, rows, tokens = sizes[6:]
+    peak, shape = training_peak(what, sizes, dtype, checkpointing, dropout, tmp_path)
+    spec = sft_spec(tokens, rank) if what == "sft" else dpo_spec(tokens)
+    need = training_need(shape, spec, rank, dropout > 0, checkpointing, cuda=False)
+    assert 0.9 * peak <= need.fixed + rows * need.row <= 1.6 * peak
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("dropout", [0.05, 0.0])
+def test_a_block_keeps_what_is_said(sizes: tuple[int, ...], dtype: torch.dtype, dropout: float) -> None:
+    """The bytes that autograd saves for the backward pass, block by block, to 10 %."""
+    vocab, rank, rows, tokens = sizes[5:]
+    model = make_model(sizes, dtype, rank, dropout).train()
+    model.enable_input_require_grads()
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(4, vocab, (rows, tokens))
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model.base_model.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    shape = shape_of(model)
+    wanted = rows * shape.layers * memory.block_bytes(shape, rank, tokens, dropout > 0, cuda=False)
+    # Beside the blocks: the final norm's input; weights of the adapter, cast down.
+    wanted += rows * tokens * shape.hidden * 4
+    wanted += shape.adapter_parameters(rank) * 2 * (dtype == torch.bfloat16)
+    assert 0.9 * counted <= wanted <= 1.1 * counted
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("prompt", "new"), [(60, 40), (200, 10)])
+def test_generation(sizes: tuple[int, ...], dtype: torch.dtype, prompt: int, new: int) -> None:
+    """Weights, keys and values, reading prompts and choosing tokens; in the same bounds as training."""
+    vocab, rank, rows, _ = sizes[5:]
+    rows *= 4
+    with Peak() as peak:
+        model = make_model(sizes, dtype, rank).eval()
+        peak.most = peak.now
+        requests = [
+            Request(str(row), tuple(draw(vocab, prompt - row % 9)), new, 1.0, 0.9, row) for row in range(rows)
+        ]
+        list(TransformersEngine(model, [2], 0, rows).generate(requests))
+    need = generation_need(shape_of(model), rank, prompt, new)
+    assert 0.9 * peak.most <= need.fixed + rows * need.row <= 1.6 * peak.most
+
+
+def test_parameters_are_counted() -> None:
+    """Those of the base model and those of the adapter, to the last one."""
+    model = make_model(SHAPES[1], torch.float32, 16)
+    shape = shape_of(model)
+    sizes = {True: 0, False: 0}
+    for weight in model.parameters():
+        sizes[weight.requires_grad] += weight.numel()
+    assert shape.parameters() == sizes[False] and shape.adapter_parameters(16) == sizes[True]
+
+
+def test_abel_on_one_large_gpu() -> None:
+    """A 7B in bfloat16: 7.24 billion weights, SFT and DPO with all their rows at once in 80 GiB, none in 14."""
+    shape = memory.shape_of_config(ABEL, "config.json")
+    assert shape.parameters() == 7_242_256_384
+    for spec in (sft_spec(1024, 32), dpo_spec(1024)):
+        with_checkpoints = training_need(shape, spec, 32, True, True, cuda=True)
+        without = training_need(shape, spec, 32, True, False, cuda=True)
+        assert with_checkpoints.rows(79 * GIB) >= 32 > without.rows(79 * GIB) >= 1
+        assert with_checkpoints.rows(14 * GIB) == 0
+
+
+def test_rows_and_bytes_agree() -> None:
+    """The rows that fit need no more than there is; one more row would."""
+    need = Need(1000, 70)
+    for free in (1000, 1111, 1200, 5000, 12345):
+        rows = need.rows(free)
+        assert rows == 0 or need.at(rows) <= free
+        assert need.at(rows + 1) > free
+
+
+def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More memory, more rows, up to the global batch; at least one; a number in the profile is taken as it is."""
+    model, spec = make_model(SHAPES[0], torch.float32, 4), sft_spec(100, 4)
+    found = []
+    for free in (0, 30 * 2**20, 33 * 2**20, 10**12):
+        monkeypatch.setattr(memory, "own_device", lambda _, free=free: Device("GPU", True, free, free))
+        monkeypatch.setattr(memory, "HEAD_TOKENS", 64)
+        found.append(memory.training_rows(model, spec, HARDWARE))
+    assert found[0] == 1 < found[1] < found[2] < found[3] == spec.batch
+    given = HARDWARE.model_copy(update={"per_device_batch": 7, "generation_batch": 9})
+    assert memory.training_rows(model, spec, given) == 7
+    assert memory.generation_batch(model, given, 10, 10) == 9
+
+
+@pytest.mark.parametrize(("cuda", "most"), [(False, memory.CPU_ROWS), (True, memory.GPU_ROWS)])
+def test_generation_batches_are_powers_of_two(cuda: bool, most: int) -> None:
+    """A little more free memory in a resumed run makes no other batches."""
+    need = Need(0, 9)
+    rows = {memory.generation_rows(need, Device("", cuda, free, free)) for free in range(0, 20000, 7)}
+    assert rows == {1 << bit for bit in range(most.bit_length())}
+
+
+def test_memory_of_the_host_is_shared() -> None:
+    """Two processes on one CPU have half of it each."""
+    one, two = memory.cpu_device(1), memory.cpu_device(2)
+    assert 0 < one.free <= one.total
+    assert two.free == pytest.approx(one.free / 2, rel=0.1)
+
+
+def test_a_config_of_another_kind() -> None:
+    """What cannot be estimated is said, with what to do instead."""
+    with pytest.raises(UserError, match=r"x/config\.json: says no num_hidden_layers.*per_device_batch"):
+        memory.shape_of_config({"hidden_size": 8, "num_attention_heads": 2}, "x/config.json")
+    model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {}), parameters=lambda: iter([torch.ones(1)]))
+    with pytest.raises(UserError, match="the base model's config: says no hidden_size"):
+        memory._shape(model)
