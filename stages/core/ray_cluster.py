@@ -98,7 +98,7 @@ def project_files(*more: Path) -> list[Path]:
 def check_hosts(ray: Any, places: Sequence[Place], files: Sequence[Path]) -> dict[str, str]:
     """What is wrong with the hosts of `places`, by Ray's id: they must have `files` at the same path, and alike.
 
-    A host that dies meanwhile is left out.
+    A host that died meanwhile has "" here.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -128,7 +128,7 @@ def check_hosts(ray: Any, places: Sequence[Place], files: Sequence[Path]) -> dic
             if problem := ray.get(answer, timeout=CHECK_SECONDS):
                 problems[node] = problem
         except ray.exceptions.RayError:
-            problems[node] = "gave no answer"
+            problems[node] = ""
     return problems
 
 

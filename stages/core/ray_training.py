@@ -63,28 +63,26 @@ def train_on_ray(entry: str, run: StageRun, batch: int, limit: int | None) -> bo
 def _choose_workers(ray: Any, run: StageRun, batch: int) -> tuple[int, dict[str, float]]:
     """How many workers, and what each of them holds of its host."""
     deadline = time.monotonic() + WAIT_SECONDS
-    while not (places := find_places(ray, run.params.hardware)):
+    while True:
+        write_json(run.work / TOKEN, {"time": time.time()})  # only those that share this folder have it
+        places = find_places(ray, run.params.hardware)
+        problems = check_hosts(ray, places, project_files(run.work / TOKEN))
+        for place in places:
+            if problem := problems.get(place.node):
+                raise UserError(f"{run.name}: {describe_problem(place, problem)}")
+        places = [place for place in places if place.node not in problems]
+        if places:
+            break
         if time.monotonic() > deadline:
             raise UserError(
                 f"{run.name}: the Ray cluster has had no device for {WAIT_SECONDS / 60:.0f} minutes; start workers "
                 "with `ray start` (docs/gpus.md) and run the same command again: it goes on where it was"
             )
         time.sleep(2)
-    write_json(
-        run.work / TOKEN, {"pid": os.getpid(), "time": time.time()}
-    )  # only a shared folder has this one
-    problems = check_hosts(ray, places, project_files(run.work / TOKEN))
-    for place in places:
-        # One that died meanwhile gives no answer; Ray will say so soon.
-        if place.node in problems and problems[place.node].startswith("has "):
-            raise UserError(f"{run.name}: {describe_problem(place, problems[place.node])}")
-    good = [place for place in places if place.node not in problems]
-    if not good:
-        return _choose_workers(ray, run, batch)
-    count = training_processes(len(good), batch)
-    run.say(f"training with {count} workers; the Ray cluster has {len(good)} devices")
-    resources: dict[str, float] = {"CPU": min(place.cpus for place in good)}
-    if good[0].gpus:
+    count = training_processes(len(places), batch)
+    run.say(f"training with {count} workers; the Ray cluster has {len(places)} devices")
+    resources: dict[str, float] = {"CPU": min(place.cpus for place in places)}
+    if places[0].gpus:
         resources["GPU"] = 1
     return count, resources
 

@@ -160,10 +160,10 @@ class RayEngine:
         needed = project_files(manifest_path(BASE), *([manifest_path(self.adapter)] if self.adapter else []))
         problems = check_hosts(self.ray, places, needed) if places else {}
         for place in places:
-            if place.node in problems and place.node not in self._hosts:
+            if (problem := problems.get(place.node)) and place.node not in self._hosts:
                 if strict:
-                    raise UserError(describe_problem(place, problems[place.node]))
-                _say(f"{describe_problem(place, problems[place.node])}; it takes no part")
+                    raise UserError(describe_problem(place, problem))
+                _say(f"{describe_problem(place, problem)}; it takes no part")
             self._hosts[place.node] = place.node not in problems
 
     def _start(self, place: Place) -> _Worker:

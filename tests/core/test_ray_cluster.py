@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from stages.core import devices
 from stages.core.errors import UserError
 from stages.core.params import Hardware
@@ -42,7 +43,9 @@ class Nodes:
 
 def test_without_ray_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^the ray launcher needs Ray; `pip install -r requirements-ray\.txt`"):
+    with pytest.raises(
+        UserError, match=r"^the ray launcher needs Ray; `pip install -r requirements-ray\.txt`"
+    ):
         ray_cluster().__enter__()
 
 

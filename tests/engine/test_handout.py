@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+
 from stages.core.errors import UserError
 from stages.core.params import Hardware
 from stages.engine.base import Completion, Request
@@ -90,7 +91,7 @@ def test_a_lost_piece_goes_to_another_and_is_given_up_in_the_end() -> None:
         if attempt < ATTEMPTS - 1:
             work.lost(piece, "signal 9")
         else:
-            with pytest.raises(UserError, match="3 processes ended .* signal 11"):
+            with pytest.raises(UserError, match=r"3 processes ended .* signal 11"):
                 work.lost(piece, "signal 11")
 
 

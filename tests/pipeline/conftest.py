@@ -185,3 +185,24 @@ def copy_run(small_run: Project, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return Project(folder / "project", folder / "guard")
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def assert_same_adapter() -> Callable[[str, Project, Project], None]:
+    """Fails unless two projects have the same adapter of a stage ("sft" or "dpo"), but for rounding.
+
+    Several processes add sums in another order, and a few steps carry that on.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    folders = {"sft": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora"}
+
+    def check(stage: str, one: Project, other: Project) -> None:
+        file = Path(folders[stage]) / "adapter_model.safetensors"
+        first, second = load_file(one.root / file), load_file(other.root / file)
+        assert first.keys() == second.keys() and first
+        for name, wanted in first.items():
+            torch.testing.assert_close(second[name], wanted, atol=2e-4, rtol=2e-2)
+
+    return check
