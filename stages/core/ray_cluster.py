@@ -23,7 +23,7 @@ from stages.core.launch import OFFLINE, SAME_ARITHMETIC, SILENT
 from stages.core.params import Hardware, load_params
 from stages.core.records import sha256_file
 
-CHECK_SECONDS = 300  # for a host to say what it has
+CHECK_SECONDS = 120  # for a host to say what it has
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def project_files(*more: Path) -> list[Path]:
 def check_hosts(ray: Any, places: Sequence[Place], files: Sequence[Path]) -> dict[str, str]:
     """What is wrong with the hosts of `places`, by Ray's id: they must have `files` at the same path, and alike.
 
-    A host that died meanwhile has "" here.
+    A host that gave no answer in time, because it died meanwhile perhaps, has "" here.
     """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -145,26 +145,29 @@ class RayEngine:
                 "the Ray cluster has no device to work on; start workers with `ray start` (docs/gpus.md)"
             )
         self._check([place for place in places if place.node not in self._hosts], strict)
+        places = [place for place in places if self._hosts.get(place.node)]
         taken = {worker.place for worker in self.workers}
         for place in places:
-            if self._hosts[place.node] and place not in taken:
-                if self._failed_starts[place] < ATTEMPTS:
-                    self.workers.append(self._start(place))
-                elif not self.workers:
-                    raise UserError(
-                        f"Ray worker host {place.host}: {ATTEMPTS} workers in a row did not start; the last: "
-                        f"{self._failure}"
-                    )
+            if place not in taken and self._failed_starts[place] < ATTEMPTS:
+                self.workers.append(self._start(place))
+        if places and not self.workers:
+            raise UserError(
+                f"Ray worker host {places[0].host}: {ATTEMPTS} workers in a row did not start; the last: "
+                f"{self._failure}"
+            )
 
     def _check(self, places: list[Place], strict: bool) -> None:
         needed = project_files(manifest_path(BASE), *([manifest_path(self.adapter)] if self.adapter else []))
         problems = check_hosts(self.ray, places, needed) if places else {}
         for place in places:
-            if (problem := problems.get(place.node)) and place.node not in self._hosts:
-                if strict:
-                    raise UserError(describe_problem(place, problem))
+            problem = problems.get(place.node)
+            if problem == "" or place.node in self._hosts:  # asked again at the next look, or said already
+                continue
+            if problem and strict:
+                raise UserError(describe_problem(place, problem))
+            if problem:
                 _say(f"{describe_problem(place, problem)}; it takes no part")
-            self._hosts[place.node] = place.node not in problems
+            self._hosts[place.node] = problem is None
 
     def _start(self, place: Place) -> _Worker:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
