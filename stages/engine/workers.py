@@ -1,14 +1,12 @@
 """Generation in several processes of one host, each with its own device and its own copy of the policy.
 
-Work is handed out in pieces, so a process that dies costs its piece only: another one does it again. The pieces
-are those a single process would make, so the completions are the same as with one.
+Work is handed out in pieces (handout.py), so a process that dies costs its piece only: another one does it again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
@@ -19,18 +17,15 @@ from typing import Self
 
 from stages.core.errors import UserError
 from stages.core.params import Hardware
-from stages.engine.base import Completion, Request, plan
-
-ATTEMPTS = 3  # at one piece
-PIECE = 512  # requests, where the engine itself decides what to compute together
+from stages.engine.base import Completion, Request
+from stages.engine.handout import HandOut, Piece
 
 
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    piece: list[Request] | None = None
-    tries: int = 0
+    piece: Piece | None = None
 
 
 class WorkersEngine:
@@ -58,46 +53,37 @@ class WorkersEngine:
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises UserError when a piece ends its process again and again."""
-        size = PIECE if self.hardware.generation_batch == "auto" else self.hardware.generation_batch
-        pieces = [piece for piece in plan(requests, size) if any(one.id not in done for one in piece)]
-        pieces.reverse()  # the longest prompts first, so that no process is left with them at the end
-        waiting = deque((piece, 0) for piece in pieces)
-        given = set(done)
-        while waiting or any(worker.piece for worker in self.workers):
+        work = HandOut(requests, done, self.hardware)
+        while work.open:
             for worker in self.workers:
-                if worker.piece is None and waiting:
-                    worker.piece, worker.tries = waiting.popleft()
+                if worker.piece is None and (piece := work.next()):
+                    worker.piece = piece
                     with contextlib.suppress(OSError):  # it is dead; reading from it will say so
-                        worker.pipe.send(worker.piece)
+                        worker.pipe.send(piece.requests)
             busy = {worker.pipe: worker for worker in self.workers if worker.piece}
             for pipe in connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
+                piece = worker.piece
+                assert piece is not None
                 try:
                     message = worker.pipe.recv()
                 except (EOFError, OSError):
-                    if worker.piece:
-                        waiting.append((worker.piece, worker.tries + 1))
-                    self._replace(worker)
+                    work.lost(piece, f"status {self._replace(worker)}")
                     continue
                 if message is None:
+                    work.finish(piece)
                     worker.piece = None
                 elif isinstance(message, UserError):
                     raise message
-                elif message.id not in given:
-                    given.add(message.id)
-                    yield message
+                else:
+                    yield from work.take(piece, [message])
 
-    def _replace(self, worker: _Worker) -> None:
+    def _replace(self, worker: _Worker) -> int | None:
+        """Start another process in the place of one that ended; returns the status it ended with."""
         worker.process.join()
-        code = worker.process.exitcode
-        if worker.tries + 1 >= ATTEMPTS:
-            raise UserError(
-                f"generation: {ATTEMPTS} processes ended while they did the same piece of work (the last with "
-                f"status {code}); what they said is above. Lower hardware.generation_batch if memory ran out; "
-                "what is done is kept"
-            )
         rank = self.workers.index(worker)
         self.workers[rank] = self._start(rank)
+        return worker.process.exitcode
 
     def _start(self, rank: int) -> _Worker:
         context = get_context("spawn")

@@ -1,0 +1,159 @@
+"""Training on a Ray cluster by Ray Train: the same function on as many devices as divide the global batch.
+
+Ray Train's TorchTrainer starts the processes and connects them (gloo on CPU, nccl on GPUs). When one of them is
+gone, the rest are ended and training starts anew on the devices there are then, from the newest complete checkpoint
+in the run's folder; so the project must lie in a folder that all hosts share. Ray Train's own `max_failures` would
+wait for as many devices as before, and those of a dead host may never come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.core.devices import training_processes
+from stages.core.errors import UserError
+from stages.core.processes import call, rebuild
+from stages.core.ray_cluster import check_hosts, describe_problem, find_places, project_files, ray_cluster
+from stages.core.records import read_json, write_json
+from stages.core.stage import StageRun
+
+RESTARTS = 3  # without a new checkpoint in between
+WAIT_SECONDS = 600.0  # for a cluster without any worker to get one
+END = "end.json"  # why a worker ended training: {"out_of_memory": true} or {"error": "..."}
+SAID = "said.log"  # what the first worker shows
+TOKEN = "token.json"
+
+
+def train_on_ray(entry: str, run: StageRun, batch: int, limit: int | None) -> bool:
+    """Call `entry` on the workers of the cluster; False when memory ran out.
+
+    Raises UserError when the cluster cannot be used, or when training ends again and again without getting on.
+    """
+    from stages.core.training import newest_checkpoint, step_of
+
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # a large model's host may be slow
+    with ray_cluster() as ray, _following(run):
+        failures, step = 0, step_of(newest_checkpoint(run.work))
+        while True:
+            count, resources = _choose_workers(ray, run, batch)
+            error = _fit(entry, run, count, resources, limit)
+            if error is None:
+                return True
+            ended = read_json(run.work / END) if (run.work / END).is_file() else {}
+            if "out_of_memory" in ended:
+                return False
+            if "error" in ended:
+                raise UserError(ended["error"])
+            before, step = step, step_of(newest_checkpoint(run.work))
+            failures = 1 if step > before else failures + 1
+            if failures > RESTARTS:
+                raise UserError(
+                    f"{run.name}: training on the Ray cluster ended {failures} times without a new checkpoint (the "
+                    f"last: {error}). Run the same command again: it goes on from step {step}"
+                )
+            run.say(f"a worker is gone ({error}); going on from step {step}")
+
+
+def _choose_workers(ray: Any, run: StageRun, batch: int) -> tuple[int, dict[str, float]]:
+    """How many workers, and what each of them holds of its host."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        write_json(run.work / TOKEN, {"time": time.time()})  # only those that share this folder have it
+        places = find_places(ray, run.params.hardware)
+        problems = check_hosts(ray, places, project_files(run.work / TOKEN))
+        for place in places:
+            if problem := problems.get(place.node):
+                raise UserError(f"{run.name}: {describe_problem(place, problem)}")
+        places = [place for place in places if place.node not in problems]
+        if places:
+            break
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{run.name}: the Ray cluster has had no device for {WAIT_SECONDS / 60:.0f} minutes; start workers "
+                "with `ray start` (docs/gpus.md) and run the same command again: it goes on where it was"
+            )
+        time.sleep(2)
+    count = training_processes(len(places), batch)
+    run.say(f"training with {count} workers; the Ray cluster has {len(places)} devices")
+    resources: dict[str, float] = {"CPU": min(place.cpus for place in places)}
+    if places[0].gpus:
+        resources["GPU"] = 1
+    return count, resources
+
+
+def _fit(entry: str, run: StageRun, count: int, resources: dict[str, float], limit: int | None) -> str | None:
+    """Train until the end (None) or until a worker is gone; then why, in a line."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    (run.work / END).unlink(missing_ok=True)
+    order = {"entry": entry, "limit": limit, "project": str(Path.cwd()), **run.description()}
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=order,
+        scaling_config=ScalingConfig(
+            num_workers=count, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{run.name}-{time.time_ns()}",  # nothing is taken over from an earlier one
+            storage_path=str(run.work.resolve() / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
+        return lines[-1] if lines else type(error).__name__
+    return None
+
+
+def work(order: dict[str, Any]) -> None:
+    """What each worker does: RANK, WORLD_SIZE and the like are set, and torch's processes are connected."""
+    from rich.console import Console
+
+    os.chdir(order["project"])
+    run = rebuild(order)
+    with (run.work / SAID).open("a", encoding="utf-8") as said:
+        if os.environ["RANK"] == "0":
+            run.console = Console(file=said, soft_wrap=True)
+        try:
+            finished = call(order["entry"], run, order["limit"])
+        except UserError as error:
+            write_json(run.work / END, {"error": str(error)})
+            raise
+        if not finished:
+            write_json(run.work / END, {"out_of_memory": True})
+            raise RuntimeError("out of memory")
+
+
+@contextlib.contextmanager
+def _following(run: StageRun) -> Iterator[None]:
+    """Show here what the first worker writes into the run's folder."""
+    path, over = run.work / SAID, threading.Event()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+
+    def follow() -> None:
+        with path.open(encoding="utf-8") as said:
+            while True:
+                last = over.wait(0.5)
+                if text := said.read():
+                    run.console.print(text, end="", markup=False, highlight=False)
+                if last:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,221 @@
+"""Generation on a Ray cluster: one actor for each GPU, each with its own copy of the policy.
+
+Work is handed out in pieces (handout.py), so a worker that dies or hangs costs its piece only. Another actor takes
+its place when its host is still up, and hosts that join later are used. Completions come back as they finish; the
+one journal is written where `dvc repro` runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from stages.core.errors import UserError
+from stages.core.params import Hardware
+from stages.core.paths import BASE
+from stages.core.ray_cluster import (
+    Place,
+    check_hosts,
+    describe_problem,
+    find_places,
+    project_files,
+    ray_cluster,
+)
+from stages.core.stage import manifest_path
+from stages.engine.base import Completion, Request
+from stages.engine.handout import ATTEMPTS, HandOut, Piece
+
+SEND_SECONDS = 0.5  # completions of this long travel together
+LOOK_SECONDS = 5.0  # between looks at who is in the cluster
+WAIT_SECONDS = 600.0  # for a cluster without any worker to get one
+
+
+@dataclass
+class _Worker:
+    place: Place
+    actor: Any
+    answer: Any  # what is waited for: that it is loaded, then the stream of a piece's completions
+    loaded: bool = False
+    piece: Piece | None = None
+
+
+class RayEngine:
+    """An `Engine` of all devices of a Ray cluster; use it in a `with` block, which gives them back."""
+
+    def __init__(self, adapter: Path | None, hardware: Hardware) -> None:
+        self.adapter, self.hardware = adapter, hardware
+        self.workers: list[_Worker] = []
+        self._failed_starts: Counter[Place] = Counter()
+        self._hosts: dict[str, bool] = {}  # whether a host, by Ray's id, can take part
+        self._looked = self._last_alive = 0.0
+        self._failure = "no host with a free device is in it"
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.ray = stack.enter_context(ray_cluster())
+            self._fill_places(strict=True)
+            hosts = {worker.place.node for worker in self.workers}
+            _say(f"generating with {len(self.workers)} workers on {len(hosts)} hosts")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            self.ray.kill(worker.actor)
+        self._stack.close()
+
+    def generate(
+        self, requests: Iterable[Request], done: frozenset[str] = frozenset()
+    ) -> Iterator[Completion]:
+        """See `Engine.generate`. Raises UserError when a piece ends its worker again and again, or none is left."""
+        work = HandOut(requests, done, self.hardware)
+        self._last_alive = time.monotonic()
+        while work.open:
+            self._fill_places()
+            for worker in self.workers:
+                if worker.loaded and worker.piece is None and (piece := work.next()):
+                    worker.piece = piece
+                    worker.answer = worker.actor.complete.remote(piece.requests)
+            waited = {id(worker.answer): worker for worker in self.workers if worker.answer is not None}
+            if not waited:
+                time.sleep(LOOK_SECONDS)
+                continue
+            answers = [worker.answer for worker in waited.values()]
+            ready, _ = self.ray.wait(answers, num_returns=1, timeout=LOOK_SECONDS)
+            for answer in ready:
+                yield from self._hear(waited[id(answer)], work)
+
+    def _hear(self, worker: _Worker, work: HandOut) -> Iterator[Completion]:
+        """What a worker has to say: that it is ready, completions, the end of its piece, or that it is gone."""
+        try:
+            if worker.piece is None:
+                self.ray.get(worker.answer)
+                worker.loaded, worker.answer = True, None
+                self._failed_starts[worker.place] = 0
+                return
+            try:
+                completions = self.ray.get(next(worker.answer))
+            except StopIteration:
+                work.finish(worker.piece)
+                worker.piece = worker.answer = None
+                return
+        except self.ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, UserError):
+                raise UserError(f"Ray worker host {worker.place.host}: {cause}") from None
+            self._lose(worker, work, _last_line(error))
+            return
+        yield from work.take(worker.piece, completions)
+
+    def _lose(self, worker: _Worker, work: HandOut, why: str) -> None:
+        """Give up a worker; its piece goes to another one."""
+        self.workers.remove(worker)
+        self.ray.kill(worker.actor)
+        self._looked = 0.0  # look at once who is there
+        self._failure = why
+        if worker.piece is None:
+            self._failed_starts[worker.place] += 1
+            _say(f"a worker on {worker.place.host} did not start ({why})")
+        else:
+            _say(f"a worker on {worker.place.host} is gone ({why}); another one does its piece")
+            work.lost(worker.piece, why)
+
+    def _fill_places(self, strict: bool = False) -> None:
+        """Start an actor wherever there is a device without one. `strict`: a host that cannot take part is an error."""
+        now = time.monotonic()
+        if self.workers:
+            self._last_alive = now
+        elif self._last_alive and now - self._last_alive > WAIT_SECONDS:
+            raise UserError(
+                f"the Ray cluster has had no worker for {WAIT_SECONDS / 60:.0f} minutes ({self._failure}); what is "
+                "done is kept. Start its hosts again (docs/gpus.md) and run the same command"
+            )
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        places = find_places(self.ray, self.hardware)
+        if strict and not places:
+            raise UserError(
+                "the Ray cluster has no device to work on; start workers with `ray start` (docs/gpus.md)"
+            )
+        self._check([place for place in places if place.node not in self._hosts], strict)
+        places = [place for place in places if self._hosts.get(place.node)]
+        taken = {worker.place for worker in self.workers}
+        for place in places:
+            if place not in taken and self._failed_starts[place] < ATTEMPTS:
+                self.workers.append(self._start(place))
+        if places and not self.workers:
+            raise UserError(
+                f"Ray worker host {places[0].host}: {ATTEMPTS} workers in a row did not start; the last: "
+                f"{self._failure}"
+            )
+
+    def _check(self, places: list[Place], strict: bool) -> None:
+        needed = project_files(manifest_path(BASE), *([manifest_path(self.adapter)] if self.adapter else []))
+        problems = check_hosts(self.ray, places, needed) if places else {}
+        for place in places:
+            problem = problems.get(place.node)
+            if problem == "" or place.node in self._hosts:  # asked again at the next look, or said already
+                continue
+            if problem and strict:
+                raise UserError(describe_problem(place, problem))
+            if problem:
+                _say(f"{describe_problem(place, problem)}; it takes no part")
+            self._hosts[place.node] = problem is None
+
+    def _start(self, place: Place) -> _Worker:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor = (
+            self.ray.remote(Server)
+            .options(
+                num_cpus=place.cpus,
+                num_gpus=place.gpus,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
+            )
+            .remote()
+        )
+        return _Worker(place, actor, actor.load.remote(str(Path.cwd()), self.adapter, self.hardware))
+
+
+class Server:
+    """The actor: loads the policy, completes pieces."""
+
+    def load(self, project: str, adapter: Path | None, hardware: Hardware) -> None:
+        """Load the policy in the project's folder. Raises UserError when it cannot be."""
+        os.chdir(project)
+        os.environ["LOCAL_RANK"] = "0"  # an actor sees its own GPU only
+        from stages.core.launch import fix_arithmetic, prepare_process
+
+        prepare_process()
+        fix_arithmetic(hardware.threads, seed=0)  # every request has a seed of its own
+        from stages.engine.choose import load_engine
+
+        self.engine = load_engine(adapter, hardware)
+
+    def complete(self, piece: list[Request]) -> Iterator[list[Completion]]:
+        """The completions of a piece, those that finish about the same time together."""
+        finished, sent = [], time.monotonic()
+        for completion in self.engine.generate(piece):
+            finished.append(completion)
+            if time.monotonic() - sent > SEND_SECONDS:
+                yield finished
+                finished, sent = [], time.monotonic()
+        yield finished
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _say(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"[bold]ray[/bold]  {message}", highlight=False)

@@ -1,0 +1,131 @@
+"""Who does which piece: nothing is lost, nothing is given twice, whoever dies, hangs or comes late."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from stages.core.errors import UserError
+from stages.core.params import Hardware
+from stages.engine.base import Completion, Request
+from stages.engine.handout import ATTEMPTS, HandOut, Piece
+
+REQUESTS = [Request(str(place), (1,) * (1 + place % 7), 5) for place in range(100)]
+
+
+def hand_out(done: frozenset[str] = frozenset(), **changed: Any) -> HandOut:
+    values: dict[str, Any] = {
+        "threads": 1,
+        "processes": 2,
+        "engine": "auto",
+        "generation_batch": 8,
+        "per_device_batch": 1,
+        "gradient_checkpointing": False,
+    }
+    return HandOut(REQUESTS, done, Hardware(**values | changed))
+
+
+def completions(piece: Piece) -> list[Completion]:
+    return [Completion(request.id, (1,), "stop", -1.0) for request in piece.requests]
+
+
+def test_every_request_is_done_once_and_the_longest_prompts_first() -> None:
+    work, given, lengths = hand_out(), [], []
+    while work.open:
+        piece = work.next()
+        assert piece is not None
+        lengths.append(len(piece.requests[-1].prompt))
+        given += [one.id for one in work.take(piece, completions(piece))]
+        work.finish(piece)
+    assert sorted(given, key=int) == [request.id for request in REQUESTS]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_done_pieces_are_left_out_and_done_requests_not_given_again() -> None:
+    first = hand_out().next()
+    assert first is not None
+    done = frozenset(request.id for request in first.requests) | {"0"}
+    work, given = hand_out(done), set()
+    while work.open:
+        piece = work.next()
+        assert piece is not None
+        assert {request.id for request in piece.requests} - done
+        given |= {one.id for one in work.take(piece, completions(piece))}
+        work.finish(piece)
+    assert given == {request.id for request in REQUESTS} - done
+
+
+def test_a_hanging_workers_piece_is_begun_by_an_idle_one_and_given_once() -> None:
+    work = hand_out(generation_batch=60)
+    slow, other = work.next(), work.next()
+    assert slow is not None and other is not None
+    assert len(list(work.take(slow, completions(slow)[:5]))) == 5  # and then it hangs
+    list(work.take(other, completions(other)))
+    work.finish(other)
+    assert work.next() is slow
+    assert work.next() is None  # two workers are enough
+    rest = [one.id for one in work.take(slow, completions(slow))]
+    assert len(rest) == len(slow.requests) - 5
+    work.finish(slow)
+    assert not work.open
+    assert list(work.take(slow, completions(slow))) == []  # the slow one wakes up
+
+
+def test_a_piece_of_an_earlier_call_is_ignored() -> None:
+    earlier, work = hand_out(), hand_out()
+    stale = earlier.next()
+    assert stale is not None
+    assert list(work.take(stale, completions(stale))) == []
+    work.lost(stale, "signal 9")
+    work.finish(stale)
+    assert len(work.open) == len(earlier.open)
+
+
+def test_a_lost_piece_goes_to_another_and_is_given_up_in_the_end() -> None:
+    work = hand_out(generation_batch="auto")
+    for attempt in range(ATTEMPTS):
+        piece = work.next()
+        assert piece is not None and len(piece.requests) == len(REQUESTS)
+        if attempt < ATTEMPTS - 1:
+            work.lost(piece, "signal 9")
+        else:
+            with pytest.raises(UserError, match=r"3 processes ended .* signal 11"):
+                work.lost(piece, "signal 11")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_every_request_is_given_once(seed: int) -> None:
+    """Workers that die, hang for good or finish late, in any order; one of them is sound."""
+    rng = random.Random(seed)
+    work, given, deaths = hand_out(), [], 0
+    busy: dict[int, Piece] = {}
+    hung: set[int] = set()
+    turns = 0
+    while work.open:
+        turns += 1
+        assert turns < 2000, "no end"
+        worker = rng.randrange(4)
+        if worker in hung:
+            continue
+        piece = busy.get(worker)
+        if piece is None:
+            if (piece := work.next()) is not None:
+                busy[worker] = piece
+            continue
+        fate = rng.random() if worker else 0.0
+        part = completions(piece)[: rng.randint(0, len(piece.requests))]
+        if fate < 0.7:
+            given += [one.id for one in work.take(piece, completions(piece))]
+            work.finish(piece)
+            del busy[worker]
+        elif fate < 0.9 and deaths < ATTEMPTS - 1:
+            deaths += 1
+            given += [one.id for one in work.take(piece, part)]
+            work.lost(piece, "signal 9")
+            del busy[worker]
+        elif len(hung) < 1:  # a piece is begun twice, not more: a second one that hangs is a lost worker
+            given += [one.id for one in work.take(piece, part)]
+            hung.add(worker)
+    assert sorted(given, key=int) == [request.id for request in REQUESTS]
