@@ -156,6 +156,8 @@ def main() -> None:
                 f"--skip: there is no part {unknown[0]!r}; there are: {', '.join(part.name for part in parts)}"
             )
         parts = [part for part in parts if part.name not in options.skip]
+        if not parts:
+            raise SystemExit("--skip: nothing is left to measure")
         second = minutes * 60 / sum(part.share for part in parts)
         results = {part.name: run_part(place, part, part.share * second, options.small) for part in parts}
         params = load_params(place)
