@@ -55,6 +55,7 @@ from typing import Any
 from common import ROOT, make_workplace, note, print_table
 
 sys.path.insert(0, str(ROOT))
+from stages.core.guard import end_with
 from stages.core.launch import fix_arithmetic, prepare_process
 from stages.core.params import Sections, load_params
 from stages.core.paths import BASE, SFT_ADAPTER
@@ -155,6 +156,8 @@ def main() -> None:
                 f"--skip: there is no part {unknown[0]!r}; there are: {', '.join(part.name for part in parts)}"
             )
         parts = [part for part in parts if part.name not in options.skip]
+        if not parts:
+            raise SystemExit("--skip: nothing is left to measure")
         second = minutes * 60 / sum(part.share for part in parts)
         results = {part.name: run_part(place, part, part.share * second, options.small) for part in parts}
         params = load_params(place)
@@ -362,6 +365,7 @@ def work_on(folder: Path) -> None:
     """Do what the folder's plan says, in this process, and leave the result beside it."""
     from rich.console import Console
 
+    end_with(os.getppid())
     prepare_process()
     plan = read_json(folder / PLAN)
     params = load_params()
@@ -516,6 +520,8 @@ def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
 
 def generate(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
     """Our engine's rate, and the seconds the whole list takes at it."""
+    from stages.engine.choose import engine_kind
+
     fix_arithmetic(run.params.hardware.threads, run.params.seed)
     requests = build_requests(plan["requests"], run, plan["small"])
     with open_bench_engine(run, plan) as engine:
@@ -523,7 +529,7 @@ def generate(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
         for _ in engine.generate([Request(f"warm/{one.id}", one.prompt, 16) for one in few]):
             pass
         rate = measure_engine(engine, requests, plan["until"])
-        kinds = [type(engine).__name__.removesuffix("Engine").lower(), kernel_of(engine)]
+        kinds = [engine_kind(run.params.hardware), kernel_of(engine)]
     tokens = sum(one.max_new_tokens for one in requests)
     result = {"rate": rate, "whole": tokens / rate, "requests": len(requests)}
     here = memory_used() if hasattr(engine, "model") else {}
