@@ -27,11 +27,14 @@ def launcher() -> str:
 
 def host_processes(hardware: Hardware) -> int:
     """Processes on this host: one for each GPU, unless `hardware.processes` says how many."""
-    if hardware.processes != "auto":
-        return hardware.processes
+    return max(1, visible_gpus()) if hardware.processes == "auto" else hardware.processes
+
+
+def visible_gpus() -> int:
+    """GPUs this process may use; asking does not take hold of them."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()
 
 
 def training_processes(available: int, batch: int) -> int:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stages.core.devices import host_processes, launcher, training_processes
+from stages.core.devices import host_processes, launcher, training_processes, visible_gpus
 from stages.core.errors import UserError
 from stages.core.guard import end_with
 from stages.core.launch import prepare_process
@@ -70,7 +70,7 @@ def _attempt(entry: str, run: StageRun, batch: int, limit: int | None) -> bool:
     count = training_processes(available, batch)
     if count < available:
         run.say(f"training on {count} of {available} devices, over which a batch of {batch} divides")
-    if count > 1:
+    if count > 1 or visible_gpus() > 1:  # alone with several GPUs, the trainer would split its rows among them
         return _in_processes(entry, run, count, limit)
     return call(entry, run, limit)
 
