@@ -77,7 +77,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     engines: dict[str, Callable[[], Engine]] = {
         "transformers": lambda: in_memory("transformers", 256),
-        "transformers, 7 rows at once": lambda: in_memory("transformers", 7),
+        "transformers, 16 rows at once": lambda: in_memory("transformers", 16),
         "continuous": lambda: in_memory("continuous", 0),
     }
     if on_gpu and importlib.util.find_spec("vllm"):
