@@ -104,7 +104,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[int]]:
     return limit
 
 
-@pytest.mark.parametrize(("stage", "adapter", "sequences"), [("sft", SFT_ADAPTER, 1), ("dpo", DPO_ADAPTER, 2)])
+@pytest.mark.parametrize(
+    ("stage", "adapter", "sequences"), [("sft", SFT_ADAPTER, 1), ("dpo", DPO_ADAPTER, 2)]
+)
 def test_half_the_rows_from_the_newest_checkpoint(
     project: Path, memory: Callable[[int, int], list[int]], stage: str, adapter: Path, sequences: int
 ) -> None:
@@ -136,7 +138,7 @@ def test_half_the_rows_from_the_newest_checkpoint(
 def test_one_row_that_does_not_fit(project: Path, memory: Callable[[int, int], list[int]]) -> None:
     """Halving has an end, and says what else can be done."""
     memory(0, 0)
-    with pytest.raises(UserError, match="sft: out of memory with one row at a time; set hardware.gradient_"):
+    with pytest.raises(UserError, match=r"sft: out of memory with one row at a time; set hardware\.gradient"):
         start("sft", project / "work", per_device_batch=2)
 
 
@@ -153,7 +155,7 @@ def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatc
         start("sft", project / "work")
 
 
-ENTRY = '''
+ENTRY = """
 import json, os
 from pathlib import Path
 import torch
@@ -169,7 +171,7 @@ def train(run):
     if rows > 4:
         import time
         time.sleep(600)  # as in a sum that waits for the other one
-'''
+"""
 
 
 def test_one_of_two_processes_runs_out(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
