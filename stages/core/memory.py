@@ -2,7 +2,8 @@
 
 A worked example: Abel-7B (hidden 4096, 32 layers, ffn 14336, bfloat16), SFT with rank 32 and rows of 1,024 tokens:
 
-    weights 13.5 GiB + adapter 1.6 GiB + each row 0.6 GiB with gradient checkpointing (8.5 GiB without)
+    weights 13.5 GiB + adapter 1.9 GiB + output tile 0.25 GiB
+    + each row 0.72 GiB with gradient checkpointing, 8.5 GiB without
 
 Everything is counted in bytes and follows from the config alone, so that `python -m stages check` can answer
 before there are any weights. tests/core/test_memory.py holds the formulas against real training steps.
@@ -188,8 +189,10 @@ def block_bytes(shape: Shape, rank: int, tokens: int, dropout: bool, cuda: bool)
     norms = 2 * (h + 1) * 4
     if dropout:
         lora = inputs * (width + (1 if cuda else 4))
+    elif width < 4:
+        lora = inputs * width
     else:
-        lora = inputs * width if width < 4 else (2 * h + f) * width
+        lora = (2 * h + f) * width
     between = len(shape.linears()) * rank * width
     attention = 4 * q * width + 4 * shape.heads + tokens * width
     return tokens * (norms + lora + between + attention + 3 * f * width)

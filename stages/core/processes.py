@@ -43,7 +43,9 @@ def train_everywhere(entry: str, run: StageRun, batch: int) -> None:
     note.unlink(missing_ok=True)
     while not _attempt(entry, run, batch, limit):
         if not note.is_file():
-            raise UserError(f"{run.name}: the model does not fit into memory; `python -m stages check` says more")
+            raise UserError(
+                f"{run.name}: the model does not fit into memory; `python -m stages check` says more"
+            )
         used = read_json(note)["rows"]
         if used == 1:
             raise UserError(

@@ -49,7 +49,8 @@ SAMPLE = {
 def main(console: Console | None = None, gpu_memory: float | None = None) -> None:
     """Check parameters, files, memory and prompts, and print what was found.
 
-    `gpu_memory` (GiB) asks for GPUs of that size in place of what this machine has. Raises UserError for the first thing that is wrong, after all of them were listed.
+    `gpu_memory` (GiB) asks for GPUs of that size in place of what this machine has. Raises UserError for the
+    first thing that is wrong, after all of them were listed.
     """
     from rich.console import Console
 
@@ -117,7 +118,11 @@ def _print_memory(console: Console, params: Params, gpu_memory: float | None) ->
     if gpu_memory:
         size = f"{gpu_memory:g} GiB"
     console.print(f"\n{_count(len(devices), 'process')} on {escape(device.name)}, {size}", style="bold")
-    shape = find_shape(params)
+    try:
+        shape = find_shape(params)
+    except UserError as unknown:  # such a model may run all the same
+        console.print(str(unknown), markup=False, highlight=False, soft_wrap=True)
+        return
     if shape is None:
         console.print("What the stages need is known once the model's config is here: `dvc repro base`.")
         return
@@ -156,7 +161,10 @@ def find_shape(params: Params) -> Shape | None:
         return memory.shape_of_built(model)
     places = []
     manifest = BASE / "manifest.json"
-    if manifest.is_file() and read_json(manifest)["params"]["model"] == params.model_dump(mode="json")["model"]:
+    if (
+        manifest.is_file()
+        and read_json(manifest)["params"]["model"] == params.model_dump(mode="json")["model"]
+    ):
         places.append(BASE / "config.json")
     if isinstance(model, HubModel):
         from huggingface_hub import try_to_load_from_cache

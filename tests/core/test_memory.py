@@ -288,6 +288,8 @@ def test_a_config_of_another_kind() -> None:
     """What cannot be estimated is said, with what to do instead."""
     with pytest.raises(UserError, match=r"x/config\.json: says no num_hidden_layers.*per_device_batch"):
         memory.shape_of_config({"hidden_size": 8, "num_attention_heads": 2}, "x/config.json")
-    model = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {}), parameters=lambda: iter([torch.ones(1)]))
+    model = SimpleNamespace(
+        config=SimpleNamespace(to_dict=lambda: {}), parameters=lambda: iter([torch.ones(1)])
+    )
     with pytest.raises(UserError, match="the base model's config: says no hidden_size"):
         memory._shape(model)

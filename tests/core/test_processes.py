@@ -104,7 +104,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[int]]:
     return limit
 
 
-@pytest.mark.parametrize(("stage", "adapter", "sequences"), [("sft", SFT_ADAPTER, 1), ("dpo", DPO_ADAPTER, 2)])
+@pytest.mark.parametrize(
+    ("stage", "adapter", "sequences"), [("sft", SFT_ADAPTER, 1), ("dpo", DPO_ADAPTER, 2)]
+)
 def test_half_the_rows_from_the_newest_checkpoint(
     project: Path, memory: Callable[[int, int], list[int]], stage: str, adapter: Path, sequences: int
 ) -> None:
@@ -136,7 +138,7 @@ def test_half_the_rows_from_the_newest_checkpoint(
 def test_one_row_that_does_not_fit(project: Path, memory: Callable[[int, int], list[int]]) -> None:
     """Halving has an end, and says what else can be done."""
     memory(0, 0)
-    with pytest.raises(UserError, match="sft: out of memory with one row at a time; set hardware.gradient_"):
+    with pytest.raises(UserError, match=r"sft: out of memory with one row at a time; set hardware\.gradient"):
         start("sft", project / "work", per_device_batch=2)
 
 
@@ -153,7 +155,7 @@ def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatc
         start("sft", project / "work")
 
 
-ENTRY = '''
+ENTRY = """
 import json, os
 from pathlib import Path
 import torch
@@ -169,7 +171,7 @@ def train(run):
     if rows > 4:
         import time
         time.sleep(600)  # as in a sum that waits for the other one
-'''
+"""
 
 
 def test_one_of_two_processes_runs_out(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,3 +188,25 @@ def test_one_of_two_processes_runs_out(project: Path, monkeypatch: pytest.Monkey
     for rank in range(2):
         assert (project / f"process-{rank}").read_text() == "8 4 "
     assert read_json(run.work / ROWS) == {"rows": 4}
+
+
+def test_two_processes_agree_on_their_rows(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` looks at the memory that is free, which changes from one process to the next; both take the least."""
+    start("sft", project / "one", per_device_batch=2)
+    wanted = read_adapter(SFT_ADAPTER)
+    shutil.rmtree(SFT_ADAPTER)
+    profile = project / "profiles" / "small.yaml"
+    text = profile.read_text().replace("processes: 1", "processes: 2")
+    profile.write_text(text.replace("per_device_batch: 8", "per_device_batch: auto"))
+    # Imported by each process at its start: the second one finds too little memory for more than one row.
+    (project / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from stages.core import memory\n"
+        "    memory.cpu_device = lambda processes: memory.Device('CPU', False, 1, 1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project), str(SMALL.parents[1])]))
+    start("sft", project / "two")
+    assert read_json(project / "two" / ROWS) == {"rows": 1}
+    for name, tensor in read_adapter(SFT_ADAPTER).items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -140,7 +141,8 @@ def test_model_directory(workplace: Path) -> None:
     assert refusal()[0].startswith("model.path mine: holds no config.json")
     (workplace / "mine").mkdir()
     (workplace / "mine" / "config.json").write_text("{}")
-    assert "model.path mine" in output()
+    text = output()
+    assert "model.path mine" in text and "mine/config.json: says no hidden_size" in text
 
 
 def test_wrong_parameter_stops_at_once(workplace: Path) -> None:
@@ -206,3 +208,106 @@ def test_no_torch(workplace: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(REPO)], cwd=workplace, check=True, capture_output=True)
+
+
+# ---- Does it fit? --------------------------------------------------------------------------------------
+
+
+HUB = "model:\n  source: directory\n  path: mine\n  dtype: bfloat16\n"
+ABEL = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "vocab_size": 32032, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+def use_abel(workplace: Path, **hardware: str) -> None:
+    """A 7B's config in a folder of one's own, and batches left to the estimate."""
+    text = (workplace / "profiles" / "small.yaml").read_text()
+    change(workplace, text[text.index("model:\n") : text.index("prompt:\n")], HUB)
+    (workplace / "mine").mkdir()
+    (workplace / "mine" / "config.json").write_text(json.dumps(ABEL))
+    values = {
+        "per_device_batch": "auto",
+        "generation_batch": "auto",
+        "gradient_checkpointing": "true",
+    } | hardware
+    old = {
+        "per_device_batch": "8",
+        "generation_batch": "8",
+        "gradient_checkpointing": "false",
+        "processes": "1",
+    }
+    for key, value in values.items():
+        change(workplace, f"  {key}: {old[key]}\n", f"  {key}: {value}\n")
+
+
+def fits(gpu_memory: float | None = None) -> dict[str, list[str]]:
+    """The cells of the table by stage."""
+    stream = io.StringIO()
+    check.main(Console(file=stream, width=120), gpu_memory)
+    table = stream.getvalue().split("rows at once")[1].split("Prompts")[0]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) == 4}
+
+
+def test_what_fits_on_this_machine(workplace: Path) -> None:
+    """The small model fits anywhere; numbers in the profile are kept."""
+    table = fits()
+    assert list(table) == ["sft", "dpo", "rollout", "evaluate"]
+    assert {cells[2] for cells in table.values()} == {"yes"}
+    assert table["sft"][1] == "8 rows x 2 passes = 16"
+    assert table["evaluate"][1] == "up to 8"
+
+
+def test_larger_gpus_take_more_rows(workplace: Path) -> None:
+    """A 7B: all 16 rows in 80 GiB, fewer in 19, and not even the weights in 12."""
+    use_abel(workplace)
+    large, middle, small = fits(80), fits(19), fits(12)
+    assert large["sft"][1:] == ["16 rows", "yes"] and large["dpo"][1:] == ["16 pairs", "yes"]
+    assert middle["dpo"][2] == "yes"
+    assert re.fullmatch(r"[1248] pairs x (2|4|8|16) passes = 16", middle["dpo"][1])
+    assert int(middle["rollout"][1].split()[-1]) < int(large["rollout"][1].split()[-1])
+    for cells in small.values():
+        assert re.match(r"no: 1\d\.\d GiB before the first row; use a", cells[2])
+
+
+def test_advice_for_what_does_not_fit(workplace: Path) -> None:
+    """The setting that would help, and nothing that would not."""
+    use_abel(workplace, per_device_batch="16", generation_batch="9999", gradient_checkpointing="false")
+    change(workplace, "max_tokens: 256", "max_tokens: 8192")
+    table = fits(40)
+    assert table["sft"][2] == "no: lower hardware.per_device_batch"
+    assert table["rollout"][2] == "no: lower hardware.generation_batch"
+    change(workplace, "per_device_batch: 16", "per_device_batch: auto")
+    assert fits(40)["sft"][2] == "no: set hardware.gradient_checkpointing: true"
+    change(workplace, "gradient_checkpointing: false", "gradient_checkpointing: true")
+    change(workplace, "max_tokens: 8192", "max_tokens: 99999")
+    assert fits(40)["sft"][2] == "no: lower sft.max_tokens"
+
+
+def test_several_devices(workplace: Path) -> None:
+    """What each takes and how often, so that the global batch stays."""
+    use_abel(workplace, processes="4")
+    table = fits(80)
+    assert table["sft"][1] == "4 rows x 4 processes = 16"
+    change(workplace, "per_device_batch: auto", "per_device_batch: 2")
+    assert fits(80)["dpo"][1] == "2 pairs x 4 processes x 2 passes = 16"
+
+
+def test_unknown_before_download(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub model's shape is in its config, and there is no guessing it."""
+    use_abel(workplace)
+    monkeypatch.setenv("HF_HUB_CACHE", str(workplace / "cache"))
+    hub = f"model:\n  source: hub\n  id: nobody/nothing\n  revision: {'a' * 40}\n  dtype: bfloat16\n"
+    change(workplace, HUB, hub)
+    text = output()
+    assert "known once the model's config is here: `dvc repro base`" in text
+    assert "rows at once" not in text
+
+    # Once `base` ran, its config says it; the profile's precision counts.
+    folder = workplace / "checkpoints" / "base"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(ABEL))
+    manifest = {"params": {"model": load_params().model_dump(mode="json")["model"]}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert fits(80)["sft"][1:] == ["16 rows", "yes"]
