@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +56,11 @@ def ray_cluster() -> Iterator[Any]:
     settings = {name: os.environ[name] for name in names if name in os.environ}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
             address="auto", runtime_env={"env_vars": settings}, log_to_driver=False, logging_level="error"
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"no Ray cluster could be reached ({reason}); start one with `ray start --head` (docs/gpus.md)"
@@ -68,6 +70,13 @@ def ray_cluster() -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at `host:port`; Ray would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def find_places(ray: Any, hardware: Hardware) -> list[Place]:
