@@ -72,7 +72,9 @@ def _attempt(entry: str, run: StageRun, batch: int, limit: int | None) -> bool:
     count = training_processes(available, batch)
     if count < available:
         run.say(f"training on {count} of {available} devices, over which a batch of {batch} divides")
-    if count > 1 or visible_gpus() > 1:  # alone with several GPUs, the trainer would split its rows among them
+    if (
+        count > 1 or visible_gpus() > 1
+    ):  # alone with several GPUs, the trainer would split its rows among them
         return _in_processes(entry, run, count, limit)
     return call(entry, run, limit)
 
