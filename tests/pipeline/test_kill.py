@@ -248,6 +248,8 @@ def moments(rng: random.Random, case: Case, alone: Undisturbed) -> Iterator[tupl
     while True:
         yield "progress", rng.uniform(0, alone.work / 5), ""
         yield "event", rng.choice([0.0, 0.002, 0.01]), rng.choice(case.events)
+        for _ in range(3):
+            yield "progress", rng.uniform(0, alone.work / 5), ""
         yield "start", rng.uniform(0, alone.before_work + alone.work / 2), ""
 
 
