@@ -17,6 +17,9 @@ Ends with a Markdown table. Exit status 1: our rollout is less than 1.5 times as
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +44,7 @@ from stages.core.records import read_jsonl  # noqa: E402
 from stages.engine.base import Request, request_seed  # noqa: E402
 from stages.engine.choose import make_engine  # noqa: E402
 from stages.engine.transformers_engine import TransformersEngine  # noqa: E402
+from stages.engine.workers import WorkersEngine  # noqa: E402
 from stages.rollout import TRAIN, choose  # noqa: E402
 
 WANTED = 1.5
@@ -58,6 +62,12 @@ class Rate:
 
 def main() -> int:
     """Generate both ways, print the table; the exit status."""
+    with contextlib.ExitStack() as stack:
+        return measure(stack)
+
+
+def measure(stack: contextlib.ExitStack) -> int:
+    """See `main`; `stack` ends the processes it starts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,9 +75,13 @@ def main() -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32, 64], help="of model.generate")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="(default: the profile's)")
+    parser.add_argument(
+        "--processes", type=int, help="also ours in so many processes, each with these threads"
+    )
     options = parser.parse_args()
     if min(options.rounds, 1 if options.questions is None else options.questions) < 1:
         parser.error("--rounds and --questions must be at least 1")
+    os.chdir(ROOT)  # where the processes look for the checkpoints
     params = load_params(ROOT)
     threads = options.threads or params.hardware.threads
     fix_arithmetic(threads, params.seed)
@@ -88,7 +102,17 @@ def main() -> int:
     def plain(requests: Sequence[Request], batch: int) -> Tokens:
         return dict(generate(model, tokenizer.pad_token_id, ends, requests, batch))
 
-    ways: dict[str, Way] = {f"ours, batch {engine.batch}": ours}
+    rows = params.hardware.generation_batch
+    ways: dict[str, Way] = {f"ours, batch {rows}": ours}
+    if options.processes:
+        hardware = params.hardware.model_copy(update={"threads": threads})
+        workers = stack.enter_context(WorkersEngine(SFT_ADAPTER, hardware, options.processes))
+        list(
+            workers.generate([Request("warm", (1, 2), 1)])
+        )  # they have loaded the model once one has answered
+        ways[f"ours, batch {rows}, {options.processes} processes"] = lambda requests: {
+            one.id: one.tokens for one in workers.generate(requests)
+        }
     for batch in options.batch_sizes:
         ways[f"model.generate, batch {batch}"] = partial(plain, batch=batch)
     rates: dict[tuple[str, str], list[Rate]] = {}
@@ -102,6 +126,7 @@ def main() -> int:
                 completions = complete(requests)
                 wall, processor = time.perf_counter() - wall, time.process_time() - processor
                 tokens = sum(map(len, completions.values()))
+                processor = processor if "processes" not in way else math.nan  # theirs is not counted here
                 rates.setdefault((task, way), []).append(Rate(tokens / wall, tokens / processor))
                 made[task, way] = completions
                 note(f"round {number + 1}, {task}, {way}: {tokens:,} tokens, {wall:.1f} s")
@@ -117,11 +142,14 @@ def main() -> int:
         for task in tasks:
             own, rate = best[task, first], best[task, way]
             for part, ours_part in ((rate.wall, own.wall), (rate.processor, own.processor)):
-                cells.append(f"{part:,.0f}" + (f" ({ours_part / part:.1f}x)" if way != first else ""))
+                ratio_cell = f" ({ours_part / part:.1f}x)" if way != first else ""
+                cells.append("" if math.isnan(part) else f"{part:,.0f}{ratio_cell}")
         greedy = made["greedy", way]
         same = sum(made["greedy", first][name] == tokens for name, tokens in greedy.items())
         table.append([*cells, f"{same:,} of {len(greedy):,}" if way != first else ""])
-    ratio = best["rollout", first].wall / max(best["rollout", way].wall for way in others)
+    ratio = best["rollout", first].wall / max(
+        best["rollout", way].wall for way in others if way.startswith("model")
+    )
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     print(f"Rollout, against the fastest of the others: {ratio:.1f}x (wanted: {WANTED:g}x)")
     print(
@@ -140,7 +168,8 @@ def make_tasks(params: Params, tokenizer: Any, questions: int | None) -> dict[st
     """The requests of the rollout, arm after arm, and those of greedy decoding."""
     spec = params.rollout
     count = spec.questions if questions is None else questions
-    problems = choose(list(read_jsonl(ROOT / TRAIN, {"id": str, "question": str})), count, params.seed)
+    every = list(read_jsonl(ROOT / TRAIN, {"id": str, "question": str}))
+    problems = [every[place] for place in choose(len(every), count, params.seed)]
     drawn = []
     for name, arm in spec.arms.items():
         for problem in problems:
