@@ -71,6 +71,7 @@ class Cluster:
                 env=self.environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ray ends whole process groups: that of the tests is not its own
             )
         self.wait_for(lambda: b"block forever" in log.read_bytes(), log)
 
