@@ -381,7 +381,7 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
     assert len(came.kills) == kills
     assert came.rounds >= 1
     reached = {reached for _, reached in came.kills}
-    assert len(reached) > kills / 5, f"the kills did not spread over the run: {reached}"
+    assert len(reached) > kills / 4, f"the kills did not spread over the run: {reached}"
 
 
 @pytest.mark.parametrize("stage", ["rollout", "sft"])
