@@ -35,7 +35,7 @@ def trainer_arguments(spec: Sft | Dpo, run: StageRun, model: Any) -> dict[str, A
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     limit = training_rows(model, spec, hardware)
     if processes > 1:
-        PartialState()  # joins the other processes
+        PartialState(cpu=not torch.cuda.is_available())  # joins the other processes
         limit = min(gather_object([limit]))  # accumulation must be the same in all
     if run.rows_limit is not None:
         limit = min(limit, run.rows_limit)
