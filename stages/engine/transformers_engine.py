@@ -54,9 +54,9 @@ class TransformersEngine:
 
     def _fitting(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Complete a batch, in halves when it does not fit into memory; what was finished stays."""
-        if self.most and len(batch) > self.most:
-            for start in range(0, len(batch), self.most):
-                yield from self._fitting(batch[start : start + self.most])
+        if (size := self.most) and len(batch) > size:
+            for start in range(0, len(batch), size):
+                yield from self._fitting(batch[start : start + size])
             return
         finished: set[str] = set()
         try:

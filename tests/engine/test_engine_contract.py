@@ -337,7 +337,7 @@ def test_request_seeds_differ_by_run_question_and_arm() -> None:
 def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Every request is completed, as by a batch that fitted from the start; what is known to fit is kept to."""
     requests = mixed_requests()
-    wanted = complete(model, requests, batch=1)
+    wanted = complete(in_memory("transformers", model, batch=1), requests)
     sizes: list[int] = []
     forward = type(model).forward
 
@@ -349,7 +349,7 @@ def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPa
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", limited)
-    found = complete(model, requests, batch=16)
+    found = complete(in_memory("transformers", model, batch=16), requests)
     assert found.keys() == wanted.keys()
     assert all(found[key].tokens == one.tokens for key, one in wanted.items())
     assert len(sizes) <= 4  # 16, 8, 4, 2; not again for every batch
@@ -363,7 +363,7 @@ def test_one_row_out_of_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(type(model), "forward", never)
     with pytest.raises(UserError, match="out of memory with one row of up to 8 tokens; lower max_new_tokens"):
-        complete(model, [Request("a", (3, 4, 5), 5), Request("b", (3, 4, 6), 5)])
+        complete(in_memory("transformers", model), [Request("a", (3, 4, 5), 5), Request("b", (3, 4, 6), 5)])
 
 
 def test_the_batch_may_follow_from_the_requests(model: Any) -> None:
@@ -376,5 +376,5 @@ def test_the_batch_may_follow_from_the_requests(model: Any) -> None:
 
     requests = mixed_requests()
     made = {one.id: one for one in TransformersEngine(model, END, PAD, rows).generate(requests)}
-    assert made == complete(model, requests, batch=16)
+    assert made == complete(in_memory("transformers", model, batch=16), requests)
     assert asked == [(max(len(one.prompt) for one in requests), max(one.max_new_tokens for one in requests))]

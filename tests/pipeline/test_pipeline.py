@@ -5,6 +5,7 @@ All on one small real run (conftest.py); how good the models get is no question 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -123,7 +124,9 @@ def test_records_have_the_designs_fields_in_order(small_run: Project) -> None:
     rollout, scored = rows_of(data / "rollouts.jsonl")[0], rows_of(data / "regime_w_rollouts.jsonl")[0]
     assert list(rollout) == ["id", "question", "gold", "solution", "trajectories"]
     signals = ["s_end", "s_path", "s_cf", "s_wm"]
-    assert set(scored) == {*rollout, *signals}
+    every = rows_of(data / "rollouts.jsonl")
+    assert set(scored) == {*rollout, *signals, "suspicion", "suspect", "suspect_answer"}
+    assert all(list(row) in ([*rollout], [*list(rollout)[:4], "planted", "trajectories"]) for row in every)
     assert set(scored["trajectories"][0]) >= {"answer", "correct", "soundness", *signals, "reward"}
     evaluated = rows_of(data / "platinum_eval/dpo.jsonl")[0]
     assert list(evaluated) == [
@@ -265,7 +268,7 @@ def test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone(copy_run: Callab
         who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
         project.run("git", *who, "commit", "--quiet", "--allow-empty", "--message", policy)
         project.run("git", "tag", policy)
-    clone = Project(project.root.parent / "clone", project.guard)
+    clone = dataclasses.replace(project, root=project.root.parent / "clone")
     project.run("git", "clone", "--quiet", str(project.root), str(clone.root))
     sft, dpo = (json.loads((project.root / f"metrics/platinum/{p}.json").read_text()) for p in ("sft", "dpo"))
     for place in (project, clone):
