@@ -285,8 +285,13 @@ def test_ended_damaged_and_with_a_rival(small_run: Project, copy_run: Callable[[
     project.update("profiles/tiny.yaml", {"evaluate.temperature": 0.9})
     process = start()
     while process.poll() is None and not list(work.glob("*/journal.jsonl.lock")):
-        time.sleep(0.01)
-    ended_in_one_line(project.stages("evaluate", "sft", check=False), "another run of this stage is going on")
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)  # else it may be done before its rival has started
+    try:
+        rival = project.stages("evaluate", "sft", check=False)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    ended_in_one_line(rival, "another run of this stage is going on")
     journal = terminate_when_some_is_done(process, work, 4000)
     assert journal.parent.name != strange.parent.name
     assert not strange.exists()

@@ -415,13 +415,20 @@ def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
     progress = Progress(project, case)
     dvc = subprocess.Popen([*command, "--force"], cwd=project.root, env=project.environment)
     lock, until = project.root / case.work / "lock", time.monotonic() + PATIENCE
-    while dvc.poll() is None and not any(progress.size()) and time.monotonic() < until:
-        time.sleep(0.01)
-    trainer = owner_of(lock)
-    dvc.kill()
-    assert dvc.wait() == -signal.SIGKILL
+    trainer = None
+    while dvc.poll() is None and trainer is None and time.monotonic() < until:
+        time.sleep(POLL)
+        trainer = owner_of(lock)
     assert trainer is not None
     assert trainer != dvc.pid
+    while dvc.poll() is None and not any(progress.size()) and time.monotonic() < until:
+        time.sleep(POLL)
+    # Held while dvc dies, and for as long as the stage may take to look: it must not be done before it knows.
+    os.kill(trainer, signal.SIGSTOP)
+    dvc.kill()
+    assert dvc.wait() == -signal.SIGKILL
+    time.sleep(1)
+    os.kill(trainer, signal.SIGCONT)
     ended = time.monotonic() + 60
     while owner_of(lock) == trainer:
         assert time.monotonic() < ended, f"the stage went on without dvc, as process {trainer}"

@@ -67,18 +67,24 @@ def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
         env=project.environment,
         stderr=subprocess.PIPE,
     )
-    journal_lines = 0
+    workers: list[int] = []
+    lines = 0
     deadline = time.monotonic() + 120
-    while journal_lines < 20 and time.monotonic() < deadline:
+    while stage.poll() is None and (len(workers) < 2 or lines < 20) and time.monotonic() < deadline:
+        workers = workers if len(workers) == 2 else workers_of(stage.pid)
         journals = list((project.root / ".work/rollout").glob("*/journal.jsonl"))
-        journal_lines = journals[0].read_bytes().count(b"\n") if journals else 0
-        time.sleep(0.05)
-    workers = [pid for pid in children(stage.pid) if b"spawn_main" in arguments(pid)]
+        lines = journals[0].read_bytes().count(b"\n") if journals else 0
+        time.sleep(0.001)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     _, said = stage.communicate(timeout=300)
     assert stage.returncode == 0, said
     assert (project.root / "data/rollouts.jsonl").read_bytes() == wanted
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes a stage generates with."""
+    return [child for child in children(pid) if b"spawn_main" in arguments(child)]
 
 
 def children(pid: int) -> list[int]:
