@@ -19,6 +19,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/installed-gpu: $(VENV)/installed requirements-gpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@touch $@
+
 repro: $(VENV)/installed
 	$(BIN)/dvc repro --quiet
 	@$(BIN)/python -m stages results
