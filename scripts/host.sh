@@ -360,6 +360,7 @@ status() {
         read -r code when <$STATE/ended
         case $code in
             0) echo "finished well at $when" ;;
+            stopped) echo "stopped at $when; scripts/host.sh start goes on where it was" ;;
             *) echo "ended with status $code at $when; scripts/host.sh start goes on where it was" ;;
         esac
     elif [ -f $STATE/started ]; then
@@ -388,7 +389,7 @@ stop() { # POWEROFF
             waited=$((waited + 1))
         done
         if running; then tmux -L "$SESSION" kill-server; fi
-        [ -f $STATE/ended ] || printf '130 %s\n' "$(now)" >$STATE/ended
+        printf 'stopped %s\n' "$(now)" >$STATE/ended
         echo "stopped; scripts/host.sh start goes on where it was"
     else
         echo "nothing runs"
