@@ -61,7 +61,7 @@ COVERED = (
     (r"python -m stages evaluate sft", PIPELINE + "test_an_evaluation_run_again_gives_the_same_bytes", "evaluate"),
     (r"python -m stages coherence", PIPELINE + "test_a_mistake_is_one_line_and_stops_before_any_work", "coherence"),
     (r'python -m stages ask "Ann .+"', "tests/pipeline/test_ask.py::test_greedy_answer_is_the_evaluations", "ask"),
-    (r"python -m stages (grade( log\.jsonl --out graded\.jsonl)?|grade .+ --out GRADED\.jsonl|compare( graded_before.+)?)",
+    (r"python -m stages (grade( .+ --out \w+\.jsonl)?|compare( graded_before.+)?)",
      "tests/pipeline/test_ask.py::test_compare_and_grade_repeat_what_the_run_found", "grade"),
     (r"python -m stages explain( QUESTION_ID| train-\d+)?",
      "tests/tools/test_explain.py::test_command_line", "explain"),

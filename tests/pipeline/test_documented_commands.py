@@ -23,7 +23,7 @@ pytestmark = pytest.mark.pipeline
 # Command, and what it must print.
 COMMANDS = (
     ("python -m stages pairs --kind coherence --sample 1", "1 of 1"),
-    ("python -m stages suspects", "agree soundly on"),
+    ("python -m stages suspects", "questions have a suspicion of"),
     ("dvc repro -f prepare && dvc repro", "Data and pipelines are up to date."),
     ("yes | dvc gc --workspace && dvc status", "Data and pipelines are up to date."),
     ("dvc config --local cache.type hardlink,copy", ""),
