@@ -83,7 +83,8 @@ def measure(shards: int, size: int) -> list[list[str]]:
         place = make_workplace(Path(folder) / "place")
         (place / "model").mkdir()
         note(f"writing {shards} shards of {size / 1e9:g} GB")
-        write_checkpoint(place / "model", shards, size)
+        # In a process of its own: a child's ru_maxrss begins with what its parent has.
+        child(place, __file__, "--write", str(shards), str(size))
         change(place / "params.yaml", ["profile=abel-7b"])
         change(place / "profiles/abel-7b.yaml", ["model={source: directory, path: model, dtype: bfloat16}"])
         rows = []
@@ -115,8 +116,13 @@ def main() -> None:
     parser.add_argument(
         "--sizes", nargs="+", default=["4x500", "2x3000"], help="shards x megabytes of each, as 4x500"
     )
+    parser.add_argument("--write", nargs=2, type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.write:
+        write_checkpoint(Path("model"), *arguments.write)
+        return
     rows = []
-    for size in parser.parse_args().sizes:
+    for size in arguments.sizes:
         shards, megabytes = map(int, size.split("x"))
         rows += measure(shards, megabytes * 10**6)
     print(f"{machine(1)}\n")
