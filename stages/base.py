@@ -21,6 +21,7 @@ from stages.core.errors import UserError
 from stages.core.launch import fix_arithmetic
 from stages.core.params import BuiltModel, DirectoryModel, HubModel
 from stages.core.paths import BASE
+from stages.core.records import read_json
 from stages.core.stage import StageRun, atomic_folder, stage_run
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<｜▁pad▁｜>", "<|finetune_
 SMALL_FILES = (
     r"(config|generation_config|added_tokens|special_tokens_map|vocab|chat_template)\.json|tokenizer.*\.json|"
     r".*\.(model|jinja)|(merges|vocab)\.txt|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
+# Texts by which two tokenizers are compared. None begins with a space, as no prompt does: there they differ.
+TOKENIZED = (
+    "Question:\nAnn has 3 bags of 4 apples and eats 2.  How many are left?\nAnswer:\nLet's think step by step.\n",
+    "3*4=<<3*4=12>>12 apples, 1,000.5 dollars – café, 中\n\n#### 10",
 )
 MB, GB = 10**6, 10**9
 
@@ -147,13 +153,7 @@ def take(run: StageRun, spec: HubModel | DirectoryModel, source: Source) -> None
 def skeleton(spec: HubModel | DirectoryModel, folder: Path) -> tuple[Any, Any]:
     """The model without memory for its weights, its configs as they are to be saved, and its tokenizer."""
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GenerationConfig,
-        dynamic_module_utils,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # else a model with code of its own asks whether to run it
     with readable(folder, "config.json"):
@@ -163,7 +163,7 @@ def skeleton(spec: HubModel | DirectoryModel, folder: Path) -> tuple[Any, Any]:
             raise UserError(f"model.overrides.{name}: the model's config has no such setting")
         setattr(config, name, value)
     with readable(folder, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = read_tokenizer(folder)
     ensure_pad(tokenizer)
     with readable(folder, "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
@@ -182,6 +182,32 @@ def skeleton(spec: HubModel | DirectoryModel, folder: Path) -> tuple[Any, Any]:
     # The profile says how to decode; what the hub ships for sampling is dropped.
     model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     return model, tokenizer
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder, which must divide texts as its sentencepiece model does, where that is all.
+
+    transformers 5 makes one from `tokenizer.model` by the kind of model, and then, for Mistral, leaves out the space
+    before the first word. So the class that the tokenizer's own config names makes it, and the result is compared.
+    """
+    import transformers
+
+    sentences = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not sentences.is_file():
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    from sentencepiece import SentencePieceProcessor
+
+    settings = folder / "tokenizer_config.json"
+    named = read_json(settings).get("tokenizer_class", "") if settings.is_file() else ""
+    maker = getattr(transformers, named.removesuffix("Fast"), None) or transformers.AutoTokenizer
+    tokenizer = maker.from_pretrained(folder, local_files_only=True)
+    original = SentencePieceProcessor(model_file=str(sentences))
+    for text in TOKENIZED:
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != original.encode(text):
+            raise ValueError(
+                f"{named or maker.__name__} divides texts in another way than tokenizer.model does"
+            )
+    return tokenizer
 
 
 @contextlib.contextmanager

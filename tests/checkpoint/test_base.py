@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -23,14 +24,15 @@ import torch
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import base
 from stages.checkpoint import weights
 from stages.core.errors import UserError
 from stages.core.params import load_params
 from tests.checkpoint.hub_server import Hub
-from tests.model_files import abel_files, r1_files
+from tests.model_files import abel_files, problems, r1_files
 
 REPO = Path(__file__).resolve().parents[2]
 ID, REVISION = "GAIR/Abel-7B-002", "38efa25c9af57a27881834994ec34c9ff7f1de3e"
@@ -688,4 +690,30 @@ class Liar:
 
 def test_a_tensor_that_reaches_beyond_its_memory_is_refused(abel: Path) -> None:
     shard = change_shard(copy(abel), lambda shard: shard.update(liar=Liar()))
-    assert str(shard) in refused("out of bounds for storage")
+    assert str(shard) in refused("is damaged or cut off (")
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_a_sentencepiece_model_alone(abel: Path, named: str) -> None:
+    """The tokenizer of `checkpoints/base` divides texts as the sentencepiece model does, or it is refused."""
+    folder, model = copy(abel), io.BytesIO()
+    texts = [f"{row['question']} {row['answer']}" for row in problems()]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 3), model_writer=model, vocab_size=380, model_type="bpe", byte_fallback=True,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    for name in ("tokenizer.json", "added_tokens.json"):
+        (folder / name).unlink()
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if named == "GemmaTokenizer":
+        refused("GemmaTokenizer divides texts in another way than tokenizer.model does")
+        return
+    base.main()
+    tokenizer = AutoTokenizer.from_pretrained("checkpoints/base", local_files_only=True)
+    original = SentencePieceProcessor(model_proto=model.getvalue())
+    for text in [*texts, *base.TOKENIZED]:
+        assert tokenizer(text)["input_ids"] == [tokenizer.bos_token_id, *original.encode(text)]
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
