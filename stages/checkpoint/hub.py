@@ -17,6 +17,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,32 +81,37 @@ class Repository:
     def missing_bytes(self, names: Iterable[str]) -> int:
         """How much of these files is still to be downloaded."""
         missing = 0
-        for name in names:
-            file = self._files[name]
-            if not (self.folder / name).is_file():
+        for file in map(self._find, names):
+            if not (self.folder / file.name).is_file() and not self._blob(file).is_file():
                 part = self._part(file)
                 missing += max(0, file.size - (part.stat().st_size if part.is_file() else 0))
         return missing
 
     def fetch(self, names: Iterable[str], advance: Advance) -> None:
         """Have these files whole in `folder`. A damaged one is fetched anew."""
-        for name in names:
-            if name not in self._files:
-                raise self.trouble or UserError(
-                    f"model.id: '{self.spec.id}' at {self.spec.revision} has no file {name}, though its index names it"
-                )
-            file, place = self._files[name], self.folder / name
-            if place.is_file() and not intact(place, file):
-                if self.trouble:
-                    raise UserError(
-                        f"{place}: is damaged, and the hub cannot be asked for it ({self.trouble})"
-                    )
-                self._say(f"{name} in the hub's cache is damaged; it is downloaded anew")
-                place.resolve().unlink()
-                place.unlink(missing_ok=True)
-            if not place.is_file():
-                with self._explained(name):
+        for file in map(self._find, names):
+            place, blob = self.folder / file.name, self._blob(file)
+            with self._explained(file.name):
+                if not place.is_file() and blob.is_file():  # another revision has the same file
+                    link(blob, place)
+                if place.is_file() and not intact(place, file):
+                    if self.trouble:
+                        raise UserError(
+                            f"{place}: is damaged, and the hub cannot be asked for it ({self.trouble})"
+                        )
+                    self._say(f"{file.name} in the hub's cache is damaged; it is downloaded anew")
+                    place.unlink()
+                    blob.unlink(missing_ok=True)
+                if not place.is_file():
                     self._download(file, advance)
+                    link(blob, place)
+
+    def _find(self, name: str) -> HubFile:
+        if name in self._files:
+            return self._files[name]
+        raise self.trouble or UserError(
+            f"model.id: '{self.spec.id}' at {self.spec.revision} has no file {name}, though its index names it"
+        )
 
     def _ask(self) -> dict[str, HubFile]:
         """What the hub says the repository holds."""
@@ -133,7 +139,12 @@ class Repository:
         """What the cache holds; it names the content by its hash and links to it."""
         for place in self.folder.iterdir():
             if place.is_file():
-                yield place.name, HubFile(place.name, place.stat().st_size, place.resolve().name)
+                # What it links to may be a link again, to another name.
+                digest = place.readlink().name if place.is_symlink() else ""
+                yield place.name, HubFile(place.name, place.stat().st_size, digest)
+
+    def _blob(self, file: HubFile) -> Path:
+        return self._blobs / file.digest
 
     def _part(self, file: HubFile) -> Path:
         return self._blobs / f"{file.digest}.incomplete"
@@ -149,7 +160,6 @@ class Repository:
         headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
         part = self._part(file)
         self._blobs.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         with _Counted(part, advance) as out:
             while True:
                 done = out.seek(0, os.SEEK_END)
@@ -170,10 +180,8 @@ class Repository:
                 self._say(
                     f"the first part of {file.name}, from an earlier run, is damaged; it is downloaded whole"
                 )
-            blob = self._blobs / file.digest
-            part.replace(blob)
+            part.replace(self._blob(file))
         sync_folder(self._blobs)
-        link(blob, self.folder / file.name)
 
     @contextlib.contextmanager
     def _explained(self, name: str = "") -> Iterator[None]:
@@ -270,10 +278,9 @@ def intact(path: Path, file: HubFile) -> bool:
 
 def link(blob: Path, place: Path) -> None:
     """Make `place` lead to `blob`, as the hub's client does; a file system without links gets a copy."""
+    place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     try:
         place.symlink_to(os.path.relpath(blob, place.parent))
     except OSError:
-        import shutil
-
         shutil.copyfile(blob, place)

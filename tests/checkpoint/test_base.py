@@ -285,6 +285,24 @@ def test_a_damaged_cache_is_mended(hub: Hub, abel: Path, capsys: pytest.CaptureF
     assert f"{SHARDS[0]} in the hub's cache is damaged; it is downloaded anew" in capsys.readouterr().err
 
 
+def test_half_a_cache_without_the_hub(hub: Hub) -> None:
+    """What is there is not enough: the line says why nothing can be fetched."""
+    hub.cut, hub.leave = {SHARDS[2]: 10_000}, True
+    refused(f"the connection broke at {SHARDS[2]}")
+    refused("127.0.0.1 cannot be reached (Server disconnected")
+
+
+def test_the_same_file_of_another_revision_is_not_downloaded_again(hub: Hub, abel: Path) -> None:
+    base.main()
+    before, hub.revision = hub.served.copy(), "a" * 40
+    path = Path("profiles/abel-7b.yaml")
+    path.write_text(path.read_text(encoding="utf-8").replace(REVISION, hub.revision), encoding="utf-8")
+    hub.files["config.json"] += b" "
+    base.main()
+    assert_converted(abel)
+    assert {name for name in hub.served if hub.served[name] > before[name] and name} == {"config.json"}
+
+
 @pytest.mark.parametrize(
     ("settings", "token", "message"),
     [
@@ -688,6 +706,7 @@ class Liar:
         return rebuild, (storage, 0, (1_000_000,), (1,), False, OrderedDict())
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage")
 def test_a_tensor_that_reaches_beyond_its_memory_is_refused(abel: Path) -> None:
     shard = change_shard(copy(abel), lambda shard: shard.update(liar=Liar()))
     assert str(shard) in refused("is damaged or cut off (")
