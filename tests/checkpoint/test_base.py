@@ -113,6 +113,18 @@ def refused(match: str) -> str:
     return line
 
 
+def start(work: Callable[[], object]) -> int:
+    """Do `work` in a copy of this process; returns its id."""
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # the copy has no threads but this one
+            work()
+        finally:
+            os._exit(1)
+    return child
+
+
 def cache_files(pattern: str) -> list[Path]:
     """Files in the hub's cache."""
     return sorted(Path(constants.HF_HUB_CACHE).rglob(pattern))
@@ -157,7 +169,9 @@ def assert_converted(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
 def test_the_whole_stage_as_a_process(hub: Hub, abel: Path, tmp_path: Path) -> None:
     """`python -m stages base` with the hub's address in the environment: the weights in bf16, no other file asked."""
     (tmp_path / "project/stages").symlink_to(REPO / "stages")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
+    }
     environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     hub.private_token = TOKEN
     done = subprocess.run(
@@ -218,12 +232,7 @@ def test_a_hub_that_goes_away_and_comes_back(hub: Hub, abel: Path) -> None:
 def test_a_download_that_is_killed_goes_on(hub: Hub, abel: Path) -> None:
     """SIGKILL while a file comes: the next run asks for what is missing of it."""
     hub.stall = {SHARDS[1]: 50_000}
-    child = os.fork()
-    if not child:
-        try:
-            base.main()
-        finally:
-            os._exit(1)
+    child = start(base.main)
     assert hub.stalled.wait(60)
     (part,) = waited_for(
         lambda: [path for path in cache_files("*.incomplete") if path.stat().st_size > 32_000]
@@ -405,12 +414,7 @@ def test_safetensors_are_preferred(hub: Hub, abel: Path) -> None:
 def test_another_process_downloads_the_same(hub: Hub) -> None:
     """One at a time writes a file; the second one says so."""
     hub.stall = {SHARDS[0]: 30_000}
-    child = os.fork()
-    if not child:
-        try:
-            base.main()
-        finally:
-            os._exit(1)
+    child = start(base.main)
     assert hub.stalled.wait(60)
     os.kill(child, signal.SIGSTOP)
     try:
@@ -518,13 +522,7 @@ def test_a_killed_conversion_goes_on(abel: Path, monkeypatch: pytest.MonkeyPatch
     assert_converted(abel)
     shutil.rmtree("checkpoints")
 
-    child = os.fork()
-    if not child:
-        try:
-            break_off(5, monkeypatch)
-            base.main()
-        finally:
-            os._exit(1)
+    child = start(lambda: (break_off(5, monkeypatch), base.main()))
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     finished = sorted(Path(".work/base").glob("*/model-*.safetensors"))
     assert len(finished) == 4
@@ -541,13 +539,7 @@ def test_a_killed_conversion_goes_on(abel: Path, monkeypatch: pytest.MonkeyPatch
 def test_pieces_of_a_file_that_was_replaced_are_not_used(abel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other weights were put into the folder after a run had been cut off."""
     folder = copy(abel)
-    child = os.fork()
-    if not child:
-        try:
-            break_off(3, monkeypatch)
-            base.main()
-        finally:
-            os._exit(1)
+    child = start(lambda: (break_off(3, monkeypatch), base.main()))
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     change_shard(folder, lambda shard: [tensor.mul_(2) for tensor in shard.values()], 0)
     base.main()
