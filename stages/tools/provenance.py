@@ -68,7 +68,7 @@ class Link:
     stage: str
     role: str  # "read", "wrote", or "locked": the manifest itself, as dvc.lock has it
     path: str
-    recorded: str  # sha256; md5 where only dvc.lock is left
+    recorded: str  # sha256, or md5: and DVC's sum where only dvc.lock is left
     state: str
 
     @property
@@ -84,7 +84,7 @@ class Link:
 class Step:
     """One stage as it was run: its parameters and its links. `source` is `manifest` or `dvc.lock`.
 
-    `identity` is the sum by which later stages name its output (sha256; md5 from dvc.lock).
+    `identity` is the sum by which later stages name its output.
     """
 
     stage: str
@@ -127,13 +127,21 @@ class History:
                 return None
             params = {key: value for file in locked.get("params", {}).values() for key, value in file.items()}
             md5 = _md5_of(locked.get("outs", []), output.as_posix())
-            return Step(stage, LOCK.name, output, md5, profile, params, list(self._locked_links(stage)))
+            return Step(
+                stage,
+                LOCK.name,
+                output,
+                md5 and f"md5:{md5}",
+                profile,
+                params,
+                list(self._locked_links(stage)),
+            )
         path = manifest_path(output).as_posix()
         identity = self._hash(path) if output.is_dir() else manifest.outputs.get(output.as_posix())
         step = Step(stage, "manifest", output, identity, profile, manifest.params)
         if md5 := _md5_of(locked.get("outs", []), path):  # a manifest in a folder has no sum of its own there
             state = AS_RECORDED if self._hash(path, "md5") == md5 else DIFFERS
-            step.links.append(Link(stage, "locked", path, md5, state))
+            step.links.append(Link(stage, "locked", path, f"md5:{md5}", state))
         for name, recorded in manifest.outputs.items():
             step.links.append(Link(stage, "wrote", name, recorded, self._state(name, recorded)))
         for name, recorded in manifest.inputs.items():
@@ -173,13 +181,13 @@ class History:
         entry = self._lock[stage]
         for out in entry.get("outs", []):
             state = self._state_by_md5(out["path"], out["md5"])
-            yield Link(stage, "wrote", out["path"], out["md5"], state)
+            yield Link(stage, "wrote", out["path"], f"md5:{out['md5']}", state)
         for dep in entry.get("deps", []):
             if dep["path"].startswith(("data/", "checkpoints/")):
                 state = self._state_by_md5(dep["path"], dep["md5"])
                 if state == UNCHECKED:
                     state = self._state_in_lock(stage, dep["path"])
-                yield Link(stage, "read", dep["path"], dep["md5"], state)
+                yield Link(stage, "read", dep["path"], f"md5:{dep['md5']}", state)
 
     def _state_by_md5(self, path: str, recorded: str) -> str:
         if (

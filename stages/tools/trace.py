@@ -512,7 +512,7 @@ def _show_step(step: Row, console: Console) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    stage, output, identity = step["stage"], step["output"], (step["identity"] or "")[:12]
+    stage, output, identity = step["stage"], step["output"], short(step["identity"] or "")
     title = Text.assemble("\n", (stage, "bold"), f"  {output}  ", (identity, "cyan"))
     title.append(f"  profile {step['profile']}" if step["profile"] else "")
     title.append("" if step["recorded_in"] == "manifest" else "  (no manifest here; by dvc.lock)", "yellow")
@@ -551,13 +551,18 @@ def _print_links(links: list[Row], console: Console) -> None:
         table.add_row(
             Text(f"{role}", "dim"),
             Text(link["path"]),
-            Text(link["recorded"][:12], "cyan"),
+            Text(short(link["recorded"]), "cyan"),
             Text(state, style),
         )
     if links:
         from rich.padding import Padding
 
         console.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def short(recorded: str) -> str:
+    """The first twelve digits of a sum."""
+    return recorded[: 16 if recorded.startswith("md5:") else 12]
 
 
 def _table(columns: tuple[str, ...]) -> Any:
