@@ -82,12 +82,12 @@ def main(
     shard_bytes = _size(max_shard_size)
     _check_folder(folder, force)
     history = History()
-    own = [policy] if policy != "base" else []
     steps = {step.stage: step for step in history.steps(TRAINING)}
+    # The weights as their manifests have them, and the adapter on the base it was trained on.
     changed = [
         link
-        for link in broken([steps[name] for name in ("base", *own) if name in steps])
-        if link.role == "wrote"
+        for link in broken([steps[name] for name in dict.fromkeys(("base", policy)) if name in steps])
+        if link.role == "wrote" or link.path == BASE.as_posix()
     ]
     if changed:
         raise UserError(f"export: {changed[0]}; `dvc checkout` brings back what was recorded")
@@ -311,7 +311,7 @@ def gather(
     upto = {"base": ("base",), "sft": ("sft", "base", "prepare"), "dpo": TRAINING}[policy]
     steps = {step.stage: step for step in reversed(history.steps(upto))}
     result, comparisons, why = results(policy, history)
-    made_from = [link for name in {"base", policy} for link in steps[name].links]
+    made_from = [link for name in dict.fromkeys(("base", policy)) for link in steps[name].links]
     parents = {link.path: link.recorded for link in made_from if link.path.endswith(".safetensors")}
     return {
         "policy": policy,
@@ -504,11 +504,7 @@ def card(facts: dict[str, Any]) -> str:
         "percent": lambda value: f"{100 * value:.1f} %",
         "points": lambda value: f"{100 * value:+.1f}",
     }
-    how = {
-        "base": "",
-        "sft": ", fine-tuned on GSM8K solutions",
-        "dpo": ", fine-tuned and preference-optimised on GSM8K",
-    }
+    how = {"base": "", "sft": ", SFT", "dpo": ", SFT and DPO"}
     made = {
         "base": "The base model of a run of this pipeline, unchanged.",
         "sft": "Fine-tuned (SFT) on worked solutions with a LoRA adapter.",

@@ -77,7 +77,8 @@ class Link:
         return self.state in BROKEN
 
     def __str__(self) -> str:
-        return f"{self.path}, {self.role} by {self.stage}, {self.state}"
+        role = {"wrote": "written by", "locked": "in dvc.lock for"}.get(self.role, "read by")
+        return f"{self.path}, {role} {self.stage}, {self.state}"
 
 
 @dataclass
