@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import glob
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from stages.core.errors import UserError
 from stages.core.guard import leave_on_sigterm
@@ -82,16 +85,7 @@ def main(
     shard_bytes = _size(max_shard_size)
     _check_folder(folder, force)
     history = History()
-    steps = {step.stage: step for step in history.steps(TRAINING)}
-    # The weights as their manifests have them, and the adapter on the base it was trained on.
-    changed = [
-        link
-        for link in broken([steps[name] for name in dict.fromkeys(("base", policy)) if name in steps])
-        if link.role == "wrote" or link.path == BASE.as_posix()
-    ]
-    if changed:
-        raise UserError(f"export: {changed[0]}; `dvc checkout` brings back what was recorded")
-
+    _check_weights(policy, history)
     from rich.console import Console
 
     console = console or Console(highlight=False)
@@ -111,6 +105,7 @@ def main(
         )
     prompt, spec = _asked(params, history, policy)
 
+    _remove_left_by_kills(folder)
     with leave_on_sigterm(), _in_one_line(folder), atomic_folder(folder) as fresh:
         with console.status("merging") as status:
             tensors, done = len(weight_files(BASE)), 0
@@ -137,6 +132,19 @@ def main(
 
 
 # ---- the folder --------------------------------------------------------------------------------------
+
+
+def _check_weights(policy: str, history: History) -> None:
+    """The weights must be those their manifests have, and the adapter on the base it was trained on."""
+    for name in dict.fromkeys(("base", policy)):
+        step = history.step(name)
+        if step is None or step.source != "manifest":
+            raise UserError(
+                f"{MADE_BY[name]}: has no {MANIFEST}, so it was not made by this pipeline; run `dvc repro`"
+            )
+        for link in broken([step]):
+            if link.role == "wrote" or link.path == BASE.as_posix():
+                raise UserError(f"export: {link}; `dvc checkout` brings back what was recorded")
 
 
 def _size(text: str) -> int:
@@ -169,6 +177,17 @@ def _check_folder(folder: Path, force: bool) -> None:
     place = next((one for one in whole.parents if one.exists()), whole)
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"{folder}: cannot be written; check what {place} is, its owner and its disk")
+
+
+def _remove_left_by_kills(folder: Path) -> None:
+    """Remove the unfinished folders of exports that were killed (gigabytes); one that still runs keeps its own."""
+    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        try:
+            os.kill(int(left.name.split(".")[-2]), 0)
+        except ProcessLookupError:  # no such process
+            shutil.rmtree(left, ignore_errors=True)
+        except (ValueError, OverflowError, PermissionError):  # not of an export; another user's
+            continue
 
 
 @contextlib.contextmanager
@@ -241,6 +260,8 @@ def compare_with_unmerged(
     if source is None:
         return None
     problems = list(islice(read_jsonl(source, {"id": str, "question": str}), count))
+    if not problems:
+        return None
     fix_arithmetic(params.hardware.threads, params.seed)
 
     def answers(model: Any, tokenizer: Any) -> dict[str, tuple[Any, str, tuple[int, ...], tuple[int, ...]]]:
@@ -278,7 +299,7 @@ def compare_with_unmerged(
         "split": source.stem,
         "changed_answers": sum(merged[name][0] != one[0] for name, one in unmerged.items()),
         "changed_texts": sum(merged[name][1] != one[1] for name, one in unmerged.items()),
-        "largest_logit_difference": max(differences, default=0.0),
+        "largest_logit_difference": max(differences),
         "logit_positions": sum(len(one) for one in kept.values()),
     }
 
@@ -289,10 +310,16 @@ def _asked(params: Params, history: History, policy: str) -> tuple[Prompt, Evalu
     used: dict[str, Any] = {}
     for manifest in filter(None, manifests):
         used = {**manifest.params, **used}
-    return (
-        Prompt.model_validate(used["prompt"]) if "prompt" in used else params.prompt,
-        Evaluate.model_validate(used["evaluate"]) if "evaluate" in used else params.evaluate,
-    )
+    try:
+        return (
+            Prompt.model_validate(used["prompt"]) if "prompt" in used else params.prompt,
+            Evaluate.model_validate(used["evaluate"]) if "evaluate" in used else params.evaluate,
+        )
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"export: {policy} was made by another version of this project ({key}); run `dvc repro`"
+        ) from None
 
 
 # ---- what is said of it ------------------------------------------------------------------------------

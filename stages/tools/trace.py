@@ -19,6 +19,8 @@ from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from stages.core.errors import UserError
 from stages.core.paths import BASE, SFT_ADAPTER
 from stages.core.records import Fields, read_jsonl
@@ -148,7 +150,7 @@ def trace_answers(name: str, rows: Mapping[str, Row], history: History) -> Row:
         spec, seed = params.get("evaluate") or {}, params.get("seed")
         samples = [
             {"seed": None if seed is None else request_seed(seed, "evaluate", name, str(place)), **sample}
-            for place, sample in enumerate(row.get("samples") or [])
+            for place, sample in enumerate(_objects(row.get("samples")))
         ]
         keys = ("completion", "answer", "correct", "tokens", "finish")
         greedy: Row = {"temperature": 0.0, **{key: row.get(key) for key in keys}}
@@ -171,7 +173,7 @@ def trace_question(record: Row, path: Path, history: History) -> Row:
     """A training question: its trajectories, and the pairs they gave."""
     steps = history.steps(TRAINING)
     arms = _arms(steps)
-    trajectories = [{"id": row.get("id"), **_picked(row, arms)} for row in record["trajectories"]]
+    trajectories = [{"id": row.get("id"), **_picked(row, arms)} for row in _objects(record["trajectories"])]
     pairs = None
     if PAIRS.is_file():
         keys = ("id", "kind", "margin")
@@ -282,8 +284,13 @@ def _drawn(row: Row | None) -> Row:
 
 
 def _trajectory(record: Row | None, name: str) -> Row | None:
-    rows = record["trajectories"] if record else []
-    return next((row for row in rows if isinstance(row, dict) and row.get("id") == name), None)
+    rows = _objects(record["trajectories"]) if record else []
+    return next((row for row in rows if row.get("id") == name), None)
+
+
+def _objects(values: Any) -> list[Row]:
+    """What is an object in a list that an edited file may have filled with anything."""
+    return [one for one in values if isinstance(one, dict)] if isinstance(values, list) else []
 
 
 def _compared(what: str, path: Path, rows: Mapping[Path, Row | None], wanted: Row) -> Link:
@@ -342,7 +349,10 @@ def too_long(pair: Row, params: Row) -> bool | None:
         return None
     from transformers import AutoTokenizer
 
-    spec = Prompt.model_validate(prompt)
+    try:
+        spec = Prompt.model_validate(prompt)
+    except ValidationError:  # of another version of this project
+        return None
     tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
     ended = pair.get("rejected_finish") != "length"
     ids = [
@@ -394,7 +404,7 @@ def _show_pair(picture: Row, console: Console) -> None:
     from rich.text import Text
 
     pair = picture["pair"]
-    margin = "" if pair["margin"] is None else f", margin {pair['margin']:.3f}"
+    margin = f", margin {pair['margin']:.3f}" if isinstance(pair["margin"], float | int) else ""
     console.print(f"\n{pair['kind']} pair{margin}", markup=False)
     table = _table(("", *SIDES))
     rows = [pair[side] for side in SIDES]

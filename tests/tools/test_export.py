@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ CHAT_PROMPT = {
 }  # fmt: skip
 
 
-def make(root: Path, prompt: dict[str, Any] | None = None, begins: bool = False) -> None:
+def make(
+    root: Path, prompt: dict[str, Any] | None = None, begins: bool = False, policies: Iterable[str] = ADAPTERS
+) -> None:
     """A run by hand in `root`: random base and adapters, evaluated, with the manifests a run writes."""
     from ruamel.yaml import YAML
 
@@ -64,7 +67,7 @@ def make(root: Path, prompt: dict[str, Any] | None = None, begins: bool = False)
     (root / "profiles" / "small.yaml").write_text(json.dumps(profile))
     with contextlib.chdir(root):
         _make_checkpoints(bool(prompt), begins)
-        _make_evaluations()
+        _make_evaluations(policies)
 
 
 def _make_checkpoints(chat: bool, begins: bool) -> None:
@@ -126,10 +129,11 @@ def sum_of(path: Path) -> str:
     return hashlib.sha256((path / "manifest.json" if path.is_dir() else path).read_bytes()).hexdigest()
 
 
-def _make_evaluations() -> None:
+def _make_evaluations(policies: Iterable[str]) -> None:
     """Greedy answers as the evaluation makes them; the verdicts are made up, so that there are some of both."""
     params = load_params()
-    for place, (policy, adapter) in enumerate(ADAPTERS.items()):
+    for policy in policies:
+        place, adapter = list(ADAPTERS).index(policy), ADAPTERS[policy]
         model, tokenizer = load_policy(adapter)
         asked = [
             Request(str(n), tuple(prompt_ids(tokenizer, params.prompt, q)), LIMIT)
@@ -228,14 +232,14 @@ def test_the_card_s_code_gives_the_evaluation_s_answer(
 def test_a_tokenizer_that_begins_by_itself_and_one_that_does_not(project: Path, tmp_path: Path) -> None:
     exported(tmp_path / "a", questions=0)
     assert "Sent as text, it needs `<s>` in front" in (tmp_path / "a" / export.CARD).read_text()
-    make(tmp_path / "begins", begins=True)
+    make(tmp_path / "begins", begins=True, policies=[])
     with contextlib.chdir(tmp_path / "begins"):
         exported(tmp_path / "b", questions=0)
     assert "As text it can be sent as it is" in (tmp_path / "b" / export.CARD).read_text()
 
 
 def test_a_chat_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path / "chat", CHAT_PROMPT)
+    make(tmp_path / "chat", CHAT_PROMPT, policies=["dpo"])
     with contextlib.chdir(tmp_path / "chat"):
         exported(tmp_path / "out")
         assert run_card(tmp_path / "out", capsys) == evaluated("dpo")[0]["completion"]
@@ -370,6 +374,28 @@ def test_an_earlier_export_is_replaced_only_by_force_and_whole(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "project"]
     assert exported(tmp_path / "a", force=True, questions=0)[0]["policy"] == "dpo"
     assert not (tmp_path / "a" / "of-before").exists()
+
+
+def test_what_a_killed_export_left_is_removed(project: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    kept = [f".a.{os.getppid()}.tmp", ".a.notes.tmp", f".b.{ended.pid}.tmp"]
+    for name in (*kept, f".a.{ended.pid}.tmp"):
+        (tmp_path / name).mkdir()
+    exported(tmp_path / "a", policy="base", questions=0)
+    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)
+
+
+def test_checkpoints_without_a_manifest_or_of_another_version(project: Path, tmp_path: Path) -> None:
+    manifest = Path("checkpoints/dpo_coherence_lora/manifest.json")
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**values, "params": {"prompt": {"template": "{question}"}}}))
+    with pytest.raises(UserError, match="dpo was made by another version of this project"):
+        exported(tmp_path / "a")
+    manifest.unlink()
+    with pytest.raises(UserError, match=r"dpo_coherence_lora: has no manifest\.json"):
+        exported(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_checkpoints_that_are_not_here_and_a_full_disk(

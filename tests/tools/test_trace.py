@@ -360,6 +360,24 @@ def test_step_zero_and_a_run_without_dpo(run: Path) -> None:
     assert "cannot be said from what is here" in " ".join(shown(PAIR).split())
 
 
+def test_records_edited_by_hand(run: Path) -> None:
+    """Whatever stands in them, something is shown and the chain is broken."""
+    for path, change in (
+        ("data/rollouts.jsonl", {"trajectories": [7, {}, {"id": "q1/0", "seed": "x", "text": 3}]}),
+        (
+            "data/regime_w_rollouts.jsonl",
+            {"trajectories": [None, {"id": "q1/0", "s_wm": "?", "correct": "no"}]},
+        ),
+        ("data/platinum_eval/dpo.jsonl", {"samples": [3, {}], "answer": [1]}),
+        ("data/coherence_preferences.jsonl", {"margin": "wide", "chosen_reward": None}),
+    ):
+        (row,) = map(json.loads, Path(path).read_text().splitlines())
+        write_jsonl(Path(path), [{**row, **change}])
+        for name in (PAIR, "q1", "p1"):
+            with pytest.raises(UserError, match="the chain is broken"):
+                shown(name)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
