@@ -287,7 +287,7 @@ def trace(
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, outside of this repository.")],
     policy: Annotated[str, typer.Option(help="base, sft or dpo")] = "dpo",
-    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32 [default: the base's]")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; without it, the base's.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "4GB",
     questions: Annotated[
         int, typer.Option(min=0, help="Questions to compare with the unmerged policy; 0 compares nothing.")
