@@ -250,10 +250,9 @@ def address_of(remote: Any) -> tuple[str, str]:
     if fs.protocol == "ssh":
         import asyncssh
 
-        user = {"username": fs.fs_args["username"]} if "username" in fs.fs_args else {}
-        options = asyncssh.SSHClientConnectionOptions(
-            host=fs.fs_args["host"], port=fs.fs_args.get("port", ()), **user
-        )
+        # `config=()` makes it read ~/.ssh/config, as asyncssh.connect() does.
+        given = {name: fs.fs_args[name] for name in ("host", "port", "username") if name in fs.fs_args}
+        options = asyncssh.SSHClientConnectionOptions(config=(), **given)
         return "ssh", f"{options.host.lower()}:{options.port}"
     if fs.protocol == "s3":
         return "s3", f"{_origin(fs.fs.s3.meta.endpoint_url)}/{remote.path.strip('/').split('/')[0]}"
