@@ -39,7 +39,7 @@ CREDENTIALS = frozenset(
 )
 PRIVATE_ACLS = ("private", "bucket-owner-read", "bucket-owner-full-control")
 PORTS = {"ssh": 22, "http": 80, "https": 443}
-CONNECT_SECONDS = 20
+CONNECT_SECONDS = 10  # S3 tries five times
 BLOCK = 2**20
 SHOWN = 20  # lines of a list
 
@@ -207,7 +207,7 @@ def _credentials(remotes: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _without_password(url: str) -> str:
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+    return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", url)
 
 
 def _tracked(path: Path) -> bool:
@@ -221,9 +221,12 @@ def _tracked(path: Path) -> bool:
 def _place(remote: Any, name: str) -> Iterator[tuple[str, str]]:
     """Whether remotes.yaml allows the place where this remote's data really goes."""
     with _said(f"remote '{name}'"):
+        settings = remote.fs.fs_args
         if remote.fs.protocol == "ssh":
             # DVC takes any host key; here, only one that known_hosts has. Nor does the host get at the user's agent.
-            remote.fs.fs_args.update(known_hosts=(), agent_forwarding=False, connect_timeout=CONNECT_SECONDS)
+            settings.update(known_hosts=(), agent_forwarding=False, connect_timeout=CONNECT_SECONDS)
+        elif remote.fs.protocol == "s3":
+            settings.setdefault("config_kwargs", {}).setdefault("connect_timeout", CONNECT_SECONDS)
         kind, address = address_of(remote)
     if kind not in ("ssh", "s3", "folder"):
         yield f"{ALLOWED}", f"remote '{name}': only ssh, s3 and folders can be allowed, this is {kind}"

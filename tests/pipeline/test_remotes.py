@@ -538,7 +538,9 @@ def test_an_unknown_host(
     assert ssh.objects("host") == {}
 
 
-def test_through_ssh_itself(ssh: Store, project: Small, home: Path, trusted: Path) -> None:
+def test_through_ssh_itself(
+    ssh: Store, project: Small, home: Path, trusted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With ssh as DVC's way to the host (docs/private-storage.md), a push to a host of another key fails."""
     assert ssh.relay
     port = ssh.relay.port
@@ -552,7 +554,7 @@ def test_through_ssh_itself(ssh: Store, project: Small, home: Path, trusted: Pat
     local = project.root / ".dvc/config.local"
     local.write_text(local.read_text().replace(f"127.0.0.1:{port}", "store-checked"))
     project.dvc("push", "-q", "-r", "private")
-    assert len(ssh.objects("proxy")) == 7
+    assert "7 whole, 0 missing, 0 corrupt" in project.check(monkeypatch)
     local.write_text(local.read_text().replace("/proxy", "/other"))
     _know(ssh, trusted, "other_key")
     project.dvc("push", "-q", "-r", "private", fails=True)
