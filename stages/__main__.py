@@ -277,7 +277,7 @@ app.add_typer(remote_app, name="remote", rich_help_panel=TOOLS)
 @remote_app.command("check")
 def remote_check(
     name: Annotated[
-        str | None, typer.Argument(help="The remote. [default: DVC's default one, or the only one]")
+        str | None, typer.Argument(help="The remote; without it DVC's default one, or the only one.")
     ] = None,
     objects: Annotated[
         bool, typer.Option("--objects/--no-objects", help="Hash the objects of dvc.lock that are there.")
