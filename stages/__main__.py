@@ -301,6 +301,32 @@ def export(
     tool.main(folder, policy, precision, max_shard_size, questions, force)
 
 
+remote_app = typer.Typer(no_args_is_help=True, help="The private storage of the artifacts.")
+app.add_typer(remote_app, name="remote", rich_help_panel=TOOLS)
+
+
+@remote_app.command("check")
+def remote_check(
+    name: Annotated[
+        str | None, typer.Argument(help="The remote; without it DVC's default one, or the only one.")
+    ] = None,
+    objects: Annotated[
+        bool, typer.Option("--objects/--no-objects", help="Hash the objects of dvc.lock that are there.")
+    ] = True,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Hash only so many of them, drawn by chance.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Send missing and corrupt ones again from this machine.")
+    ] = False,
+) -> None:
+    """Check that a remote is allowed and private, that it works, and that what was pushed is whole."""
+    prepare_process(network=True)
+    from stages.tools import remote as tool
+
+    tool.main(name, objects, sample, repair)
+
+
 def _begin(network: bool = False) -> None:
     """Settle the process, and check all parameters before the slow imports."""
     prepare_process(network)

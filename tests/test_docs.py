@@ -80,6 +80,7 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
 def commands() -> set[str]:
     """All stages and tools the command line knows."""
     names = "*(one.name or one.callback.__name__ for one in app.registered_commands)"
+    names += ", *(one.name for one in app.registered_groups)"
     code = f"from stages.__main__ import app; print({names})"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
