@@ -25,6 +25,10 @@ $(VENV)/s3-server/installed: tests/s3-server.txt | $(VENV)/installed
 	$(VENV)/s3-server/bin/python -m pip install --quiet --disable-pip-version-check -r tests/s3-server.txt
 	@touch $@
 
+$(VENV)/installed-remote: $(VENV)/installed requirements-remote.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-remote.txt
+	@touch $@
+
 $(VENV)/installed-gpu: $(VENV)/installed requirements-gpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
 	@touch $@

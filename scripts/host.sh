@@ -20,7 +20,7 @@ usage: scripts/host.sh COMMAND
   status                      does it run, what does it do, how did it end
   attach                      watch it (Ctrl-b, then d, to leave it running)
   stop  [--poweroff]          end it in order; start goes on where it was
-  push  REMOTE                `dvc push` to a remote that you have named, and what git still lacks
+  push  REMOTE                check the remote, `dvc push`, read back what was pushed; and what git still lacks
 
 --vllm      with requirements-gpu.txt, the fast engine
 --anyway    install although a check failed
@@ -278,7 +278,7 @@ check() { # VLLM (0 or 1)
 setup() { # VLLM ANYWAY
     if ! check "$1" && { [ "$2" = 0 ] || [ -z "$python" ]; }; then exit 1; fi
     echo "installing into .venv (minutes the first time, seconds after that)"
-    make --no-print-directory "PYTHON=$python" .venv/installed
+    make --no-print-directory "PYTHON=$python" .venv/installed .venv/installed-remote
     if [ "$1" = 1 ]; then make --no-print-directory .venv/installed-gpu; fi
     if needs_gpu; then
         .venv/bin/python - <<'END' || die "torch sees no GPU although the driver is new enough; see docs/rented-host.md"
@@ -305,6 +305,11 @@ need_dvc() { [ -x .venv/bin/dvc ] || die "there is no .venv yet: scripts/host.sh
 need_remote() { # the name only is looked at: an address may hold a password
     .venv/bin/dvc remote list | awk '{print $1}' | grep -Fqx -- "$1" ||
         die "no remote '$1'; name it first: dvc remote add --local $1 <your storage>"
+    .venv/bin/python -m stages remote check "$1" --no-objects # allowed, private, working; nothing is sent before that
+}
+
+push_whole() { # REMOTE; what was pushed is read back and hashed
+    .venv/bin/dvc push -r "$1" && .venv/bin/python -m stages remote check "$1"
 }
 
 start() { # REMOTE POWEROFF ARGUMENTS...
@@ -338,7 +343,7 @@ run_here() { # REMOTE POWEROFF ARGUMENTS...   what runs inside tmux
         dvc repro "$@" || code=$?
         if [ $code = 0 ] && [ -n "$remote" ]; then
             printf '=== %s dvc push\n' "$(now)"
-            dvc push -r "$remote" || code=$?
+            push_whole "$remote" || code=$?
         fi
         printf '=== %s ended with status %s\n' "$(now)" $code
         finish $code
@@ -401,7 +406,7 @@ stop() { # POWEROFF
 push() { # REMOTE
     need_dvc
     need_remote "$1"
-    .venv/bin/dvc push -r "$1"
+    push_whole "$1"
     git_lacks
 }
 

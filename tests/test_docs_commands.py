@@ -26,12 +26,13 @@ REPO = Path(__file__).resolve().parents[1]
 PAGES = sorted([REPO / "README.md", REPO / "SECURITY.md", *(REPO / "docs").rglob("*.md")])
 TAGS = {"sh", "console", "text", "yaml", "json", "python", "mermaid"}
 NEEDED = r"needs (a GPU|a network|a remote|Ray|root)( and (a GPU|a network|a remote))?"
-PROGRAMS = ("python", "pip", "dvc", "git", "make", "ray", "source", "scripts/", ".venv/bin/")
+PROGRAMS = ("python", "pip", "dvc", "git", "make", "ray", "source .", "scripts/", ".venv/bin/")
 
 RUN = "tests/pipeline/test_documented_commands.py::test_it_runs_as_written"
 PIPELINE = "tests/pipeline/test_pipeline.py::"
 HOST = "tests/scripts/test_host.py::"
 COMPARED = PIPELINE + "test_sft_and_dpo_are_compared_by_dvcs_own_command"
+STORED = "tests/pipeline/test_remotes.py::"
 OUTLIVES = HOST + "test_a_run_outlives_the_connection_it_was_started_from"
 PUSHED = HOST + "test_push_goes_to_a_named_remote_and_says_what_git_lacks"
 MAKE = "tests/test_docs_commands.py::test_make_runs_what_the_tests_run"
@@ -39,10 +40,13 @@ MAKE = "tests/test_docs_commands.py::test_make_runs_what_the_tests_run"
 COVERED = (
     (r"make", MAKE, "dvc repro"),
     (r"make test", MAKE, "pytest"),
-    (r"python3 -m venv \.venv|(source|\.) \.venv/bin/activate|pip install -r requirements\.txt", MAKE, "venv"),
+    (r"python3 -m venv \.venv|(source|\.) \.venv/bin/activate", MAKE, "venv"),
+    (r"pip install -r requirements(-remote)?\.txt", MAKE, "-r requirements.txt"),
     (r"dvc repro( [a-z]+(@\S+)?)?", "tests/pipeline/conftest.py::small_run", "repro"),
     (r"dvc repro headline", PIPELINE + "test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone", "headline"),
-    (r"dvc repro -f prepare", RUN, "repro -f prepare"),
+    (r"dvc repro -f (prepare|base)", RUN, "repro -f prepare"),
+    (r"dvc repro --allow-missing|dvc pull --allow-missing -r private",
+     STORED + "test_base_kept_out_of_pushes", "--allow-missing"),
     (r"dvc status", "tests/pipeline/test_rerun_rules.py::test_log_level_and_devices_rerun_nothing", "status"),
     (r"dvc dag( --md)?", "tests/test_docs.py::test_the_picture_is_that_of_the_pipeline", "dag"),
     (r"dvc metrics show", PIPELINE + "test_metrics_show_is_a_readable_table", "show"),
@@ -52,10 +56,18 @@ COVERED = (
     (r"git tag sft", PIPELINE + "test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone", "tag"),
     (r"git status", PIPELINE + "test_nothing_but_declared_outputs_was_written", "status"),
     (r"dvc gc --workspace", RUN, "dvc gc --workspace"),
-    (r"dvc config --local cache\.type hardlink,copy", RUN, "cache.type hardlink,copy"),
-    (r"dvc (push|pull|checkout)", PUSHED, "push"),
+    (r'dvc config --local cache\.type (hardlink,copy|".+")', RUN, "cache.type hardlink,copy"),
+    (r"dvc (push|pull|checkout)( -r (private|other))?", STORED + "test_there_and_back", "pull"),
+    (r"dvc remote default --local private", RUN, "dvc remote default --local private"),
+    (r"python -m stages remote check( private( --no-objects)?)?", STORED + "test_there_and_back", "check"),
+    (r"python -m stages remote check private --repair", STORED + "test_a_corrupt_object_is_refused", "repair"),
     (r"python -m stages --help", PIPELINE + "test_help_lists_every_stage_and_tool_with_a_line_each", "help"),
     (r"python -m stages NAME", PIPELINE + "test_help_lists_every_stage_and_tool_with_a_line_each", "name"),
+    (r"python -m stages export --policy dpo \.\./looper-dpo",
+     "tests/pipeline/test_export.py::test_an_exported_policy_answers_alike_in_plain_transformers", "export"),
+    (r"python -m stages trace (ID|\S+)",
+     "tests/pipeline/test_export.py::test_a_pair_and_an_answer_are_traced_to_the_base", "trace"),
+    (r"python -m stages prepare", "tests/pipeline/conftest.py::small_run", "repro"),
     (r"python -m stages check", PIPELINE + "test_check_passes_and_shows_the_first_prompts", "check"),
     (r"python -m stages results", PIPELINE + "test_results_are_printed_as_a_table", "results"),
     (r"python -m stages evaluate sft", PIPELINE + "test_an_evaluation_run_again_gives_the_same_bytes", "evaluate"),
@@ -82,6 +94,7 @@ NEEDS = (
     (r"ray .+", "cluster"),
     (r"pip install -r requirements-(gpu|ray)\.txt", "requirements"),
     (r"dvc remote add .+", "add `--local`"),
+    (r"dvc remote modify --local private profile looper", ".aws/credentials"),
     (r"dvc dag --md", "test"),
 )
 
@@ -149,7 +162,12 @@ def is_bench(command: Command) -> bool:
 
 def is_shell(command: Command) -> bool:
     """What every shell and git does, and what only moves the reader."""
-    return bool(re.fullmatch(r"cd .+|echo ray > \.launcher|git (clone|add|commit|push)\b.*", command.text))
+    return bool(
+        re.fullmatch(
+            r"cd .+|echo ray > \.launcher|git (clone|add|commit|push|checkout|lfs pull)\b.*|\.\.\.",
+            command.text,
+        )
+    )
 
 
 def is_covered(command: Command) -> bool:
@@ -185,7 +203,8 @@ def test_every_row_is_needed() -> None:
 
 def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
     """`make` is too long for a test; what it would run is: the environment, then commands that the tests run."""
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    (tmp_path / "tests").mkdir()
+    for name in ("Makefile", *(file.name for file in REPO.glob("requirements*.txt")), "tests/s3-server.txt"):
         shutil.copy2(REPO / name, tmp_path / name)
 
     def plan(*target: str) -> str:
@@ -197,5 +216,6 @@ def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
     assert any(line.endswith("-r requirements.txt") for line in lines)
     assert lines[-2:] == [".venv/bin/dvc repro --quiet", ".venv/bin/python -m stages results"]
     test = plan("test").splitlines()
+    assert any("-r requirements-dev.txt -r requirements-remote.txt" in line for line in test)
     assert [line.split()[0].rpartition("/")[2] for line in test[-4:]] == ["ruff", "ruff", "mypy", "python"]
     assert test[-1].endswith("-m pytest")

@@ -42,6 +42,7 @@ STAND_INS = {
 IN_VENV = {
     "python": """case "$*" in
         -) exec {python} - ;;
+        "-m stages remote check "*) echo "$*" >>"$HOST/calls"; exit "${{REMOTE_STATUS:-0}}" ;;
         "-m stages check") [ -z "$BAD_PARAMS" ] || {{ echo "NO: a parameter"; exit 1; }}; echo prompts ;;
         *) exec {python} "$@" ;;
     esac""",
@@ -310,7 +311,7 @@ def test_setup_installs_what_is_asked_for_and_can_be_repeated(host: Host) -> Non
     said = host.run("setup", "--vllm")
     assert "ok    python -m stages check" in said
     made = [call.split() for call in host.calls()]
-    assert [call[-1] for call in made] == [".venv/installed", ".venv/installed", ".venv/installed-gpu"]
+    assert [call[-1] for call in made] == [*2 * [".venv/installed-remote"], ".venv/installed-gpu"]
     assert (host.root / ".work/host/check").read_text() == "prompts\n"
     assert host.run("setup", status=1, BAD_PARAMS="1").splitlines()[-2:] == [
         "NO: a parameter",
@@ -402,8 +403,12 @@ def test_push_goes_to_a_named_remote_and_says_what_git_lacks(ready: Host) -> Non
     assert "error: no remote 'elsewhere'" in said and "very-secret" not in said
     ready.run("start", "--push", "elsewhere", status=1)
     assert not [call for call in ready.calls() if call.startswith(("dvc push", "dvc repro"))]
+    ready.run("push", "private", status=1, REMOTE_STATUS="1")
+    assert "dvc push -r private" not in ready.calls()
     said = ready.run("push", "private")
-    assert "dvc push -r private" in ready.calls() and "very-secret" not in said
+    check = "-m stages remote check private"
+    assert ready.calls()[-3:] == [f"{check} --no-objects", "dvc push -r private", check]
+    assert "very-secret" not in said
     assert "git has uncommitted changes" in said  # params.yaml
     assert "shutdown -h +1" not in ready.calls()
     ready.run("stop", "--poweroff")
