@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import os
+import pwd
 import re
 import select
 import shutil
@@ -198,7 +199,7 @@ def ssh(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]
     (folder / "store").mkdir()
     yield Store(
         "ssh",
-        f"ssh://127.0.0.1:{relay.port}{folder}/store",
+        f"ssh://{pwd.getpwuid(os.geteuid()).pw_name}@127.0.0.1:{relay.port}{folder}/store",
         {"keyfile": str(home / ".ssh" / "store_key")},
         f"ssh: ['127.0.0.1:{relay.port}']",
         relay=relay,
