@@ -27,7 +27,7 @@ COMMANDS = (
     ("dvc repro -f prepare && dvc repro", "Data and pipelines are up to date."),
     ("yes | dvc gc --workspace && dvc status", "Data and pipelines are up to date."),
     ("dvc config --local cache.type hardlink,copy", ""),
-    ("dvc remote add --local private ../storage && dvc remote default --local private", "Setting 'private'"),
+    ("dvc remote add --local private ../storage && dvc remote default --local private && dvc push", "pushed"),
 )
 
 
