@@ -15,15 +15,29 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt requirements-remote.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-remote.txt
+	@touch $@
+
+# The S3 server of the tests, apart: its botocore is not the one dvc-s3 takes.
+$(VENV)/s3-server/installed: tests/s3-server.txt | $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)/s3-server
+	$(VENV)/s3-server/bin/python -m pip install --quiet --disable-pip-version-check -r tests/s3-server.txt
+	@touch $@
+
+$(VENV)/installed-remote: $(VENV)/installed requirements-remote.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-remote.txt
+	@touch $@
+
+$(VENV)/installed-gpu: $(VENV)/installed requirements-gpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
 	@touch $@
 
 repro: $(VENV)/installed
 	$(BIN)/dvc repro --quiet
 	@$(BIN)/python -m stages results
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev $(VENV)/s3-server/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -270,6 +270,63 @@ def suspects(
     tool.main(rollouts, limit, from_, as_json)
 
 
+@app.command(rich_help_panel=TOOLS)
+def trace(
+    name: Annotated[str, typer.Argument(metavar="ID", help="Of a pair (quoted) or a question.")],
+    text: Annotated[bool, typer.Option("--text", help="Show the texts too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
+) -> None:
+    """Show where a pair or an answer came from: adapters, pairs, trajectories, arms, seeds; every link checked."""
+    prepare_process()
+    from stages.tools import trace as tool
+
+    tool.main(name, text, as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, outside of this repository.")],
+    policy: Annotated[str, typer.Option(help="base, sft or dpo")] = "dpo",
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; without it, the base's.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "4GB",
+    questions: Annotated[
+        int, typer.Option(min=0, help="Questions to compare with the unmerged policy; 0 compares nothing.")
+    ] = 50,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
+) -> None:
+    """Merge a policy's adapter into a model folder that any server can load, with a model card."""
+    _begin()
+    from stages.tools import export as tool
+
+    tool.main(folder, policy, precision, max_shard_size, questions, force)
+
+
+remote_app = typer.Typer(no_args_is_help=True, help="The private storage of the artifacts.")
+app.add_typer(remote_app, name="remote", rich_help_panel=TOOLS)
+
+
+@remote_app.command("check")
+def remote_check(
+    name: Annotated[
+        str | None, typer.Argument(help="The remote; without it DVC's default one, or the only one.")
+    ] = None,
+    objects: Annotated[
+        bool, typer.Option("--objects/--no-objects", help="Hash the objects of dvc.lock that are there.")
+    ] = True,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Hash only so many of them, drawn by chance.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Send missing and corrupt ones again from this machine.")
+    ] = False,
+) -> None:
+    """Check that a remote is allowed and private, that it works, and that what was pushed is whole."""
+    prepare_process(network=True)
+    from stages.tools import remote as tool
+
+    tool.main(name, objects, sample, repair)
+
+
 def _begin(network: bool = False) -> None:
     """Settle the process, and check all parameters before the slow imports."""
     prepare_process(network)

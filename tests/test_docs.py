@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from stages.core.params import load_params
 
 REPO = Path(__file__).resolve().parents[1]
-PAGES = sorted([REPO / "README.md", *(REPO / "docs").rglob("*.md")])
+PAGES = sorted([REPO / "README.md", REPO / "SECURITY.md", *(REPO / "docs").rglob("*.md")])
 BY_NAME = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPO).as_posix())
 
 # What a page may name though git does not hold it: made by a run, or by the reader.
@@ -39,6 +41,7 @@ FOLDERS = (
     ".dvc",
     ".work",
     ".ci",
+    "scripts",
 )
 
 
@@ -77,6 +80,7 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
 def commands() -> set[str]:
     """All stages and tools the command line knows."""
     names = "*(one.name or one.callback.__name__ for one in app.registered_commands)"
+    names += ", *(one.name for one in app.registered_groups)"
     code = f"from stages.__main__ import app; print({names})"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
@@ -120,3 +124,30 @@ def test_readme_opens_with_the_two_commands() -> None:
     assert "make " in second_heading
     assert "make test" in second_heading
     assert "RESULT TABLE HERE" not in text, "the README still lacks the table that `make` prints"
+
+
+def test_readme_links_every_page() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    pages = [page.relative_to(REPO).as_posix() for page in PAGES if page.name != "README.md"]
+    assert [page for page in pages if not re.search(rf"\]\({re.escape(page)}(#[\w-]+)?\)", text)] == []
+
+
+def test_the_picture_is_that_of_the_pipeline(tmp_path: Path) -> None:
+    """docs/pipeline.md shows what `dvc dag --md` prints; REFRESH=1 in the environment writes it anew."""
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy2(REPO / name, tmp_path / name)
+    shutil.copytree(REPO / "profiles", tmp_path / "profiles")
+    shutil.copytree(REPO / ".dvc", tmp_path / ".dvc", ignore=lambda folder, names: {*names} - {"config"})
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    done = subprocess.run([*dvc, "dag", "--md"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    drawn = done.stdout.strip().replace("\t", "    ")
+    page = REPO / "docs" / "pipeline.md"
+    before, rest = page.read_text(encoding="utf-8").split("<!-- picture -->\n")
+    shown, after = rest.split("<!-- end of picture -->")
+    if os.environ.get("REFRESH"):
+        page.write_text(
+            f"{before}<!-- picture -->\n{drawn}\n<!-- end of picture -->{after}", encoding="utf-8"
+        )
+    else:
+        assert shown.strip() == drawn, "REFRESH=1 python -m pytest tests/test_docs.py -k picture"

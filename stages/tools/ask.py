@@ -58,12 +58,17 @@ def main(
 
 
 def _check(policy: str, temperature: float, max_new_tokens: int | None) -> None:
-    if policy not in ADAPTERS:
-        raise UserError(f"ask: no policy '{policy}'; choose one of {', '.join(ADAPTERS)}")
+    check_policy("ask", policy)
     if not 0 <= temperature <= 5:
         raise UserError(f"--temperature {temperature}: must be from 0 (greedy) to 5")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be 1 or more")
+
+
+def check_policy(tool: str, policy: str) -> None:
+    """Raises UserError, in the name of a tool, when there is no such policy or its checkpoints are not here."""
+    if policy not in ADAPTERS:
+        raise UserError(f"{tool}: no policy '{policy}'; choose one of {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[policy]
     for folder, file in ((BASE, "config.json"), (adapter, "adapter_config.json")):
         if folder is not None and not (folder / file).is_file():

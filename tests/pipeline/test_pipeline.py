@@ -39,7 +39,19 @@ STAGES = [
     "headline",
     "report",
 ]
-TOOLS = ["check", "results", "runs", "grade", "compare", "ask", "explain", "pairs", "suspects"]
+TOOLS = [
+    "check",
+    "results",
+    "runs",
+    "grade",
+    "compare",
+    "ask",
+    "explain",
+    "pairs",
+    "suspects",
+    "trace",
+    "export",
+]
 
 
 def sha256(path: Path) -> str:

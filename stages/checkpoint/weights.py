@@ -1,0 +1,260 @@
+"""Weights as they are published, rewritten as safetensors of one precision, a piece at a time.
+
+    files, index = choose(names)            # safetensors where there are some, else pickles
+    pieces = plan(folder, files, model)     # every tensor looked at: its name, shape and type
+    paths = convert(run, folder, pieces, torch.bfloat16)
+
+A piece holds at most 1 GB of one file's tensors, and only one is in memory. A finished piece is noted with its hash, so
+that a run which was cut off goes on after it. Pickles are read by `torch.load(weights_only=True)`, which runs no code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from stages.core.errors import UserError
+from stages.core.records import read_json, sha256_file, sync_folder
+from stages.core.stage import StageRun
+
+PIECE_BYTES = 1_000_000_000  # of output; what is in memory at once is about four times that for fp32 sources
+MB = 1_000_000
+SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Older checkpoints hold them; models compute them. Other tensors that a model ignores are named by its class.
+COMPUTED = r"rotary_emb\.inv_freq"
+POINTER = b"version https://git-lfs"  # what lies in place of a large file when git-lfs did not fetch it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors of one source file that are converted together."""
+
+    source: str
+    names: tuple[str, ...]
+    bytes: int
+
+
+def choose(names: Iterable[str]) -> str | None:
+    """The index or the single file that holds the weights, safetensors before pickles; None when there is neither."""
+    present = set(names)
+    return next((name for name in (SAFE_INDEX, SAFE, PICKLE_INDEX, PICKLE) if name in present), None)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a sharded checkpoint."""
+    index = read_json(path)
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path}: has no weight_map; get the file anew")
+    for file in found.values():
+        # An index from elsewhere must not lead out of its folder.
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith((".safetensors", ".bin"))
+        ):
+            raise UserError(f"{path}: names {file!r:.80}, which is not a file of weights beside it")
+    return found
+
+
+class Expected:
+    """The tensors a model of this config has, from one built without memory for its weights."""
+
+    def __init__(self, model: Any) -> None:
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self.tied = {copy: source for copy, source in tied.items() if copy in self.shapes}
+        self._ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), COMPUTED]
+
+    @property
+    def written(self) -> dict[str, tuple[int, ...]]:
+        """What is written: every tensor once, tied ones under their source's name."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.tied}
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Size of the converted weights."""
+        return sum(math.prod(shape) for shape in self.written.values()) * dtype.itemsize
+
+    def check(self, found: Iterable[str] | Mapping[str, tuple[int, ...]], where: Path) -> None:
+        """Raise UserError unless the found tensors (names, or shapes by name) are exactly the model's."""
+        names = set(found)
+        lacking = sorted(self.written.keys() - names)
+        others = sorted(
+            name
+            for name in names - self.shapes.keys()
+            if not any(re.search(pattern, name) for pattern in self._ignored)
+        )
+        problems = []
+        if lacking:
+            problems.append(f"lack {len(lacking)} of the model's tensors ({lacking[0]} the first)")
+        if others:
+            problems.append(f"hold {len(others)} that the model does not have ({others[0]} the first)")
+        if isinstance(found, Mapping):
+            wrong = [name for name in sorted(names & self.shapes.keys()) if found[name] != self.shapes[name]]
+            if wrong:
+                shapes = f"{list(found[wrong[0]])} instead of {list(self.shapes[wrong[0]])}"
+                problems.append(f"hold {len(wrong)} of another shape ({wrong[0]} the first, {shapes})")
+        if problems:
+            raise UserError(
+                f"{where}: the weights {', and '.join(problems)}; get the files anew, or check config.json "
+                "and model.overrides"
+            )
+
+
+def plan(folder: Path, files: Iterable[str], expected: Expected, dtype: torch.dtype) -> list[Piece]:
+    """Look at every tensor of `files` without reading its values, and divide them into pieces.
+
+    Raises UserError when a file is missing, damaged or holds code, or when the tensors are not the model's.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, str] = {}
+    pieces = []
+    for file in files:
+        tensors = load(folder / file)
+        for name, tensor in tensors.items():
+            if name in shapes:
+                raise UserError(f"{folder / file}: holds {name}, which another file holds too")
+            plain = (
+                tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+            )
+            if name in expected.shapes and not plain:
+                raise UserError(
+                    f"{folder / file}: {name} is {str(tensor.dtype).removeprefix('torch.')}; only plain floating-point "
+                    "weights can be trained on, so take the model as it was before quantization"
+                )
+            shapes[name] = tuple(tensor.shape)
+            if name in expected.tied:
+                copies[name] = file
+        pieces += divide(file, [name for name in tensors if name in expected.written], shapes, dtype)
+        del tensors
+    expected.check(shapes, folder)
+    for name, file in copies.items():
+        source = expected.tied[name]
+        holder = next(piece.source for piece in pieces if source in piece.names)
+        if not torch.equal(load(folder / file)[name], load(folder / holder)[source]):
+            raise UserError(
+                f"{folder / file}: {name} differs from {source}, though the config says that they are one; set "
+                "model.overrides: {tie_word_embeddings: false}"
+            )
+    return pieces
+
+
+def divide(
+    file: str, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> list[Piece]:
+    """The tensors of one file, in its order, in pieces of at most PIECE_BYTES (a larger tensor is one by itself)."""
+    pieces: list[Piece] = []
+    group: list[str] = []
+    total = 0
+    for name in names:
+        size = math.prod(shapes[name]) * dtype.itemsize
+        if group and total + size > PIECE_BYTES:
+            pieces.append(Piece(file, tuple(group), total))
+            group, total = [], 0
+        group.append(name)
+        total += size
+    return [*pieces, Piece(file, tuple(group), total)] if group else pieces
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file of weights; they are read from the disk when they are used.
+
+    Raises UserError when it is missing, damaged, holds code, or something else than weights.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); get the file anew") from None
+    if start == POINTER:
+        raise UserError(f"{path}: is git-lfs's pointer to the file, not the file; run `git lfs pull` there")
+    tensors: Any
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        else:
+            # Files of before torch 1.6 are no zip archives and have to be read whole.
+            archive = start.startswith(b"PK")
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise UserError(
+                f"{path}: holds code ({code[1]}), which is never run; take safetensors, or files of another source"
+            ) from None
+        raise UserError(f"{path}: is damaged, or holds more than weights; get the file anew") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle may end in any error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is damaged or cut off ({reason:.160}); get the file anew") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise UserError(f"{path}: holds {type(tensors).__name__}, not tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: {name} is {type(tensor).__name__}, not a tensor")
+    return tensors
+
+
+def convert(run: StageRun, folder: Path, pieces: list[Piece], dtype: torch.dtype) -> list[Path]:
+    """Write each piece as safetensors into the stage's scratch folder; what an earlier run finished stays.
+
+    Raises UserError when a weight is not a finite number.
+    """
+    paths = []
+    total = sum(piece.bytes for piece in pieces)
+    with run.journal() as journal, run.progress("converting", round(total / MB), "MB") as advance:
+        for number, piece in enumerate(pieces, 1):
+            name = f"model-{number:05d}-of-{len(pieces):05d}.safetensors" if len(pieces) > 1 else SAFE
+            path, source = run.work / name, (folder / piece.source).stat()
+            # Another file may have taken the source's place since.
+            key = f"{name} of {piece.source}, {source.st_size} bytes at {source.st_mtime_ns}"
+            known = journal.records.get(key)
+            if not (known and path.is_file() and sha256_file(path) == known["sha256"]):
+                journal.add({"id": key, "sha256": write_piece(folder, piece, path, dtype)})
+                journal.flush()
+            paths.append(path)
+            advance(round(piece.bytes / MB))
+    return paths
+
+
+def write_piece(folder: Path, piece: Piece, path: Path, dtype: torch.dtype) -> str:
+    """Convert one piece; returns the SHA-256 of the file."""
+    tensors = load(folder / piece.source)
+    converted = {}
+    for name in piece.names:
+        # A copy always: tensors may be parts of one another, and safetensors writes each on its own.
+        converted[name] = tensors[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if converted[name].numel() and not all(
+            math.isfinite(edge.item()) for edge in torch.aminmax(converted[name])
+        ):
+            raise UserError(
+                f"{folder / piece.source}: {name} holds values that are not numbers; get the file anew"
+            )
+    del tensors  # lets go of the pages read
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(converted, temporary, metadata={"format": "pt"})
+    del converted
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    digest = sha256_file(temporary)
+    temporary.replace(path)
+    sync_folder(path.parent)
+    return digest
+
+
+def finished_bytes(run: StageRun) -> int:
+    """Size of the pieces that lie in the stage's scratch folder."""
+    return sum(path.stat().st_size for path in run.work.glob("model*.safetensors"))

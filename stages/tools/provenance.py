@@ -1,0 +1,270 @@
+"""Where an output came from: what the manifests recorded, held against what lies here now.
+
+A stage's manifest names the sha256 of all it read and wrote (of a folder read: of the manifest in it), so the
+manifests hang together like a chain. Where an artifact is not here (not pulled), what its two ends recorded is
+compared instead, at last by the md5 sums in dvc.lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from stages.core.errors import UserError
+from stages.core.paths import BASE, DPO_ADAPTER, SFT_ADAPTER
+from stages.core.records import read_json, sha256_file
+from stages.core.stage import MANIFEST, manifest_path
+
+PLATINUM_EVAL = Path("data/platinum_eval")
+ROLLOUTS = Path("data/rollouts.jsonl")
+SCORED = Path("data/regime_w_rollouts.jsonl")
+PAIRS = Path("data/coherence_preferences.jsonl")
+PROBLEMS = Path("data/gsm8k")
+LOCK = Path("dvc.lock")
+
+# The output with whose name a stage's manifest is found; the last stage first.
+MADE_BY: dict[str, Path] = {
+    **{f"evaluate@{policy}": PLATINUM_EVAL / f"{policy}.jsonl" for policy in ("dpo", "sft", "base")},
+    "dpo": DPO_ADAPTER,
+    "preference": PAIRS,
+    "coherence": SCORED,
+    "rollout": ROLLOUTS,
+    "sft": SFT_ADAPTER,
+    "base": BASE,
+    "prepare": PROBLEMS,
+}
+TRAINING = tuple(name for name in MADE_BY if not name.startswith("evaluate@"))
+
+# Parameters that are a line of their own, or too long for one.
+LONG = ("arms", "corpus", "architecture", "styles", "overrides")
+SECTION = {"evaluate": "evaluate", "coherence": "regime_w", "base": "model", "prepare": "data"}
+
+AS_RECORDED = "as recorded"
+DIFFERS = "differs from what lies here now"
+ALIKE = "not here; both ends recorded it alike"
+UNLIKE = "not here; its two ends recorded different ones"
+UNCHECKED = "not here, so not checked"
+BROKEN = (DIFFERS, UNLIKE)
+
+
+class Manifest(BaseModel):
+    """What a stage wrote beside its outputs (stages/core/stage.py)."""
+
+    stage: str
+    params: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One thing a stage read or wrote: what was recorded of it, and whether that still holds."""
+
+    stage: str
+    role: str  # "read", "wrote", or "locked": the manifest itself, as dvc.lock has it
+    path: str
+    recorded: str  # sha256, or md5: and DVC's sum where only dvc.lock is left
+    state: str
+
+    @property
+    def broken(self) -> bool:
+        """Whether what was recorded is not what is there."""
+        return self.state in BROKEN
+
+    def __str__(self) -> str:
+        role = {"wrote": "written by", "locked": "in dvc.lock for"}.get(self.role, "read by")
+        return f"{self.path}, {role} {self.stage}, {self.state}"
+
+
+@dataclass
+class Step:
+    """One stage as it was run: its parameters and its links. `source` is `manifest` or `dvc.lock`.
+
+    `identity` is the sum by which later stages name its output.
+    """
+
+    stage: str
+    source: str
+    output: Path
+    identity: str | None
+    profile: str | None
+    params: dict[str, Any]
+    links: list[Link] = field(default_factory=list)
+
+    def link(self, role: str, path: Path | str) -> Link | None:
+        """The link to one path."""
+        name = path if isinstance(path, str) else path.as_posix()
+        return next((one for one in self.links if (one.role, one.path) == (role, name)), None)
+
+
+class History:
+    """The run in the current folder, as its manifests and dvc.lock tell it. Files are hashed once each.
+
+    Raises UserError when a manifest or dvc.lock is damaged.
+    """
+
+    def __init__(self) -> None:
+        self._lock = _read_lock()
+        self._hashes: dict[tuple[str, str], str | None] = {}
+        self._manifests: dict[str, Manifest | None] = {}
+
+    def steps(self, stages: Sequence[str]) -> list[Step]:
+        """Those of the stages that have run, checked."""
+        return [step for stage in stages if (step := self.step(stage))]
+
+    def step(self, stage: str) -> Step | None:
+        """One stage, checked; None when neither a manifest nor dvc.lock knows it."""
+        output, locked = MADE_BY[stage], self._lock.get(stage, {})
+        manifest = self.manifest(stage)
+        files = [name for name in locked.get("params", {}) if name.startswith("profiles/")]
+        profile = Path(files[0]).stem if files else None
+        if manifest is None:
+            if not locked:
+                return None
+            params = {key: value for file in locked.get("params", {}).values() for key, value in file.items()}
+            md5 = _md5_of(locked.get("outs", []), output.as_posix())
+            return Step(
+                stage,
+                LOCK.name,
+                output,
+                md5 and f"md5:{md5}",
+                profile,
+                params,
+                list(self._locked_links(stage)),
+            )
+        path = manifest_path(output).as_posix()
+        identity = self._hash(path) if output.is_dir() else manifest.outputs.get(output.as_posix())
+        step = Step(stage, "manifest", output, identity, profile, manifest.params)
+        if md5 := _md5_of(locked.get("outs", []), path):  # a manifest in a folder has no sum of its own there
+            state = AS_RECORDED if self._hash(path, "md5") == md5 else DIFFERS
+            step.links.append(Link(stage, "locked", path, f"md5:{md5}", state))
+        for name, recorded in manifest.outputs.items():
+            step.links.append(Link(stage, "wrote", name, recorded, self._state(name, recorded)))
+        for name, recorded in manifest.inputs.items():
+            state = self._state(name, recorded)
+            if state == UNCHECKED and (made := self._recorded_by_maker(name)):
+                state = ALIKE if made == recorded else UNLIKE
+            elif state == UNCHECKED:
+                state = self._state_in_lock(stage, name)
+            step.links.append(Link(stage, "read", name, recorded, state))
+        return step
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The manifest of a stage, if it is here."""
+        if stage not in self._manifests:
+            path = manifest_path(MADE_BY[stage])
+            self._manifests[stage] = _read_manifest(path) if path.is_file() else None
+        return self._manifests[stage]
+
+    def _state(self, path: str, recorded: str) -> str:
+        actual = self._hash(path)
+        return UNCHECKED if actual is None else AS_RECORDED if actual == recorded else DIFFERS
+
+    def _hash(self, path: str, kind: str = "sha256") -> str | None:
+        """The sum of a file, or of a folder's manifest; None when it is not here."""
+        if (path, kind) not in self._hashes:
+            file = Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
+            self._hashes[path, kind] = _digest(file, kind) if file.is_file() else None
+        return self._hashes[path, kind]
+
+    def _recorded_by_maker(self, path: str) -> str | None:
+        """What the stage that wrote a file recorded of it."""
+        made = (self.manifest(stage) for stage in MADE_BY)
+        return next((one.outputs[path] for one in made if one and path in one.outputs), None)
+
+    def _locked_links(self, stage: str) -> Iterator[Link]:
+        """What dvc.lock says of a stage whose manifest is not here: the data it read and wrote."""
+        entry = self._lock[stage]
+        for out in entry.get("outs", []):
+            state = self._state_by_md5(out["path"], out["md5"])
+            yield Link(stage, "wrote", out["path"], f"md5:{out['md5']}", state)
+        for dep in entry.get("deps", []):
+            if dep["path"].startswith(("data/", "checkpoints/")):
+                state = self._state_by_md5(dep["path"], dep["md5"])
+                if state == UNCHECKED:
+                    state = self._state_in_lock(stage, dep["path"])
+                yield Link(stage, "read", dep["path"], f"md5:{dep['md5']}", state)
+
+    def _state_by_md5(self, path: str, recorded: str) -> str:
+        if (
+            recorded.endswith(".dir") or not Path(path).is_file()
+        ):  # the sum of a folder is not one of its files
+            return UNCHECKED
+        return AS_RECORDED if self._hash(path, "md5") == recorded else DIFFERS
+
+    def _state_in_lock(self, stage: str, path: str) -> str:
+        """Whether dvc.lock says the same of a path where it was read and where it was made."""
+        read = _md5_of(self._lock.get(stage, {}).get("deps", []), path)
+        made = (_md5_of(entry.get("outs", []), path) for entry in self._lock.values())
+        written = next(filter(None, made), None)
+        if read is None or written is None:
+            return UNCHECKED
+        return ALIKE if read == written else UNLIKE
+
+
+def broken(steps: Sequence[Step]) -> list[Link]:
+    """The links that do not hold."""
+    return [link for step in steps for link in step.links if link.broken]
+
+
+def settings(stage: str, params: dict[str, Any]) -> Iterator[str]:
+    """A stage's own parameters by name, the short ones, and the seed if it read one."""
+    kind = stage.partition("@")[0]
+    own = params.get(SECTION.get(kind, kind))
+    yield from _flat(own if isinstance(own, dict) else {})
+    if "seed" in params:
+        yield f"seed {params['seed']}"
+
+
+def _flat(values: dict[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            if key not in LONG:
+                yield from _flat(value, f"{above}{key}.")
+        elif value is not None and value is not False and key not in LONG:
+            words = " ".join(map(str, value)) if isinstance(value, list) else _plain(value)
+            yield f"{above}{key} {words}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"])) or "it"
+        raise UserError(f"{path}: no manifest of this pipeline ({key} is wrong); run `dvc repro`") from None
+
+
+def _read_lock() -> dict[str, Any]:
+    """The stages in dvc.lock; none when there is no such file."""
+    from ruamel.yaml import YAML, YAMLError
+
+    if not LOCK.is_file():
+        return {}
+    try:
+        stages = YAML(typ="safe", pure=True).load(LOCK.read_text(encoding="utf-8"))["stages"]
+        return {str(name): dict(entry) for name, entry in stages.items()}
+    except (OSError, UnicodeDecodeError, YAMLError, TypeError, KeyError, ValueError, AttributeError):
+        raise UserError(f"{LOCK}: cannot be read; `git checkout {LOCK}` gives the committed one") from None
+
+
+def _md5_of(entries: Sequence[dict[str, Any]], path: str) -> str | None:
+    return next((one.get("md5") for one in entries if one.get("path") == path), None)
+
+
+def _digest(path: Path, kind: str) -> str:
+    try:
+        if kind == "sha256":
+            return sha256_file(path)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, kind).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its owner and rights") from None

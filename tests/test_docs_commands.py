@@ -1,0 +1,221 @@
+"""Every command in README.md, SECURITY.md and docs/ is run by a test, or a sign beside it says what it needs.
+
+A command is a line of a fenced block tagged `sh`, a `$` line of one tagged `console`, or inline code that begins with
+a known program. To pass, it must
+
+- fit a row of COVERED, whose test exists and names what is written there; or
+- have `# needs ...` (a GPU, a network, a remote, Ray) at its end or as the first line of its block; or,
+- inline, fit a row of NEEDS and stand in a paragraph that names what it needs.
+
+A new command fails until one of these holds. Blocks that are no commands are tagged too: text, yaml, python, mermaid.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = sorted([REPO / "README.md", REPO / "SECURITY.md", *(REPO / "docs").rglob("*.md")])
+TAGS = {"sh", "console", "text", "yaml", "json", "python", "mermaid"}
+NEEDED = r"needs (a GPU|a network|a remote|Ray|root)( and (a GPU|a network|a remote))?"
+PROGRAMS = ("python", "pip", "dvc", "git", "make", "ray", "source .", "scripts/", ".venv/bin/")
+
+RUN = "tests/pipeline/test_documented_commands.py::test_it_runs_as_written"
+PIPELINE = "tests/pipeline/test_pipeline.py::"
+HOST = "tests/scripts/test_host.py::"
+COMPARED = PIPELINE + "test_sft_and_dpo_are_compared_by_dvcs_own_command"
+STORED = "tests/pipeline/test_remotes.py::"
+OUTLIVES = HOST + "test_a_run_outlives_the_connection_it_was_started_from"
+PUSHED = HOST + "test_push_goes_to_a_named_remote_and_says_what_git_lacks"
+MAKE = "tests/test_docs_commands.py::test_make_runs_what_the_tests_run"
+# Command (a regular expression for all of it), the test that runs it, and a text in that test to know it by.
+COVERED = (
+    (r"make", MAKE, "dvc repro"),
+    (r"make test", MAKE, "pytest"),
+    (r"python3 -m venv \.venv|(source|\.) \.venv/bin/activate", MAKE, "venv"),
+    (r"pip install -r requirements(-remote)?\.txt", MAKE, "-r requirements.txt"),
+    (r"dvc repro( [a-z]+(@\S+)?)?", "tests/pipeline/conftest.py::small_run", "repro"),
+    (r"dvc repro headline", PIPELINE + "test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone", "headline"),
+    (r"dvc repro -f (prepare|base)", RUN, "repro -f prepare"),
+    (r"dvc repro --allow-missing|dvc pull --allow-missing -r private",
+     STORED + "test_base_kept_out_of_pushes", "--allow-missing"),
+    (r"dvc status", "tests/pipeline/test_rerun_rules.py::test_log_level_and_devices_rerun_nothing", "status"),
+    (r"dvc dag( --md)?", "tests/test_docs.py::test_the_picture_is_that_of_the_pipeline", "dag"),
+    (r"dvc metrics show", PIPELINE + "test_metrics_show_is_a_readable_table", "show"),
+    (r"dvc exp run -n (sft|dpo) -S headline\.policy=(sft|dpo)", COMPARED, "exp"),
+    (r"dvc metrics diff sft dpo --targets metrics/headline\.json", COMPARED, "diff"),
+    (r"dvc metrics diff", COMPARED, "diff"),
+    (r"git tag sft", PIPELINE + "test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone", "tag"),
+    (r"git status", PIPELINE + "test_nothing_but_declared_outputs_was_written", "status"),
+    (r"dvc gc --workspace", RUN, "dvc gc --workspace"),
+    (r'dvc config --local cache\.type (hardlink,copy|".+")', RUN, "cache.type hardlink,copy"),
+    (r"dvc (push|pull|checkout)( -r (private|other))?", STORED + "test_there_and_back", "pull"),
+    (r"dvc remote default --local private", RUN, "dvc remote default --local private"),
+    (r"python -m stages remote check( private( --no-objects)?)?", STORED + "test_there_and_back", "check"),
+    (r"python -m stages remote check private --repair", STORED + "test_a_corrupt_object_is_refused", "repair"),
+    (r"python -m stages --help", PIPELINE + "test_help_lists_every_stage_and_tool_with_a_line_each", "help"),
+    (r"python -m stages NAME", PIPELINE + "test_help_lists_every_stage_and_tool_with_a_line_each", "name"),
+    (r"python -m stages export --policy dpo \.\./looper-dpo",
+     "tests/pipeline/test_export.py::test_an_exported_policy_answers_alike_in_plain_transformers", "export"),
+    (r"python -m stages trace (ID|\S+)",
+     "tests/pipeline/test_export.py::test_a_pair_and_an_answer_are_traced_to_the_base", "trace"),
+    (r"python -m stages prepare", "tests/pipeline/conftest.py::small_run", "repro"),
+    (r"python -m stages check", PIPELINE + "test_check_passes_and_shows_the_first_prompts", "check"),
+    (r"python -m stages results", PIPELINE + "test_results_are_printed_as_a_table", "results"),
+    (r"python -m stages evaluate sft", PIPELINE + "test_an_evaluation_run_again_gives_the_same_bytes", "evaluate"),
+    (r"python -m stages coherence", PIPELINE + "test_a_mistake_is_one_line_and_stops_before_any_work", "coherence"),
+    (r'python -m stages ask "Ann .+"', "tests/pipeline/test_ask.py::test_greedy_answer_is_the_evaluations", "ask"),
+    (r"python -m stages (grade( .+ --out \w+\.jsonl)?|compare( graded_before.+)?)",
+     "tests/pipeline/test_ask.py::test_compare_and_grade_repeat_what_the_run_found", "grade"),
+    (r"python -m stages explain( QUESTION_ID| train-\d+)?",
+     "tests/tools/test_explain.py::test_command_line", "explain"),
+    (r"python -m stages pairs( --kind coherence --sample 1)?", RUN, "stages pairs --kind coherence --sample 1"),
+    (r"python -m stages suspects", RUN, "stages suspects"),
+    (r"python -m pytest tests/pipeline/test_kill\.py --kills 20 -s",
+     "tests/pipeline/test_kill.py::test_killed_again_and_again_it_gives_the_same_bytes", "kills"),
+    (r"scripts/host\.sh (up|start|status)( --vllm)?", OUTLIVES, "start"),
+    (r"scripts/host\.sh check", HOST + "test_a_good_host_passes_and_nothing_is_changed", "check"),
+    (r"scripts/host\.sh (start|stop|attach)", HOST + "test_stop_ends_it_in_order_and_start_goes_on", "stop"),
+    (r"scripts/host\.sh stop --poweroff", PUSHED, "poweroff"),
+)  # fmt: skip
+# Inline: what the paragraph must name.
+NEEDS = (
+    (r"dvc exp run -S profile=abel-7b", "GPU"),
+    (r"python -m pytest -m gpu", "GPU"),
+    (r"python bench/gpu\.py.*", "GPU"),
+    (r"ray .+", "cluster"),
+    (r"pip install -r requirements-(gpu|ray)\.txt", "requirements"),
+    (r"dvc remote add .+", "add `--local`"),
+    (r"dvc remote modify --local private profile looper", ".aws/credentials"),
+    (r"dvc dag --md", "test"),
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command on a page, and what stands around it."""
+
+    page: str
+    line: int
+    text: str
+    around: str
+    inline: bool
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}: {self.text}"
+
+
+def parts(line: str) -> list[str]:
+    """`A=1 .venv/bin/x && y` -> ["x", "y"]; no comment."""
+    line = re.sub(r"(^|\s)#\s.*", "", line)
+    commands = [part.strip() for part in re.split(r"\s(?:&&|;|\|)\s", line)]
+    return [re.sub(r"^(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?", "", one) for one in commands if one]
+
+
+def commands_of(page: Path) -> Iterator[Command]:
+    text, name = page.read_text(encoding="utf-8"), page.relative_to(REPO).as_posix()
+    for block in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        number = text.count("\n", 0, block.start()) + 1
+        assert block[1] in TAGS, (
+            f"{name}:{number}: tag the block: ```sh for commands, else one of {sorted(TAGS)}"
+        )
+        if block[1] not in ("sh", "console"):
+            continue
+        first = block[2].splitlines()[0]
+        whole = first if first.startswith("#") else ""
+        for place, line in enumerate(block[2].splitlines(), number + 1):
+            if block[1] == "console" and not line.startswith("$ "):
+                continue
+            for one in parts(line.removeprefix("$ ")):
+                yield Command(name, place, one, f"{whole} {line}", False)
+    prose = re.sub(r"^```.*?^```$", lambda found: "\n" * found[0].count("\n"), text, flags=re.M | re.S)
+    for place, line in enumerate(prose.splitlines(), 1):
+        assert not (line.startswith("    ") and line.strip().startswith(PROGRAMS)), (
+            f"{name}:{place}: put the command into a block tagged sh"
+        )
+    for paragraph in re.finditer(r"(?:^.*\S.*\n?)+", prose, re.MULTILINE):
+        for code in re.finditer(r"(?<!`)`([^`\n]+)`(?!`)", paragraph[0]):
+            first, _, rest = code[1].partition(" ")
+            if code[1].startswith(PROGRAMS) and (rest or first == "make"):
+                line_number = prose.count("\n", 0, paragraph.start() + code.start()) + 1
+                for one in parts(code[1]):
+                    yield Command(name, line_number, one, paragraph[0], True)
+
+
+ALL = [command for page in PAGES for command in commands_of(page)]
+
+
+def is_bench(command: Command) -> bool:
+    """A benchmark is run by hand: bench/README.md lists it with what it takes."""
+    script = re.match(r"python bench/(\w+\.py)", command.text)
+    listed = (REPO / "bench" / "README.md").read_text(encoding="utf-8")
+    return bool(script and f"| `{script[1]}` |" in listed and (REPO / "bench" / script[1]).is_file())
+
+
+def is_shell(command: Command) -> bool:
+    """What every shell and git does, and what only moves the reader."""
+    return bool(
+        re.fullmatch(
+            r"cd .+|echo ray > \.launcher|git (clone|add|commit|push|checkout|lfs pull)\b.*|\.\.\.",
+            command.text,
+        )
+    )
+
+
+def is_covered(command: Command) -> bool:
+    if any(re.fullmatch(row[0], command.text) for row in COVERED):
+        return True
+    if not command.inline:
+        return bool(re.search(r"#.*\b" + NEEDED, command.around))
+    return any(re.fullmatch(row, command.text) and word in command.around for row, word in NEEDS)
+
+
+def test_every_command_is_run_by_a_test_or_says_what_it_needs() -> None:
+    assert len(ALL) > 60
+    unknown = [str(one) for one in ALL if not (is_covered(one) or is_bench(one) or is_shell(one))]
+    assert not unknown, "neither covered (COVERED) nor marked (`# needs a GPU`, ...):\n" + "\n".join(unknown)
+
+
+@pytest.mark.parametrize(("command", "test", "word"), COVERED, ids=[row[0][:40] for row in COVERED])
+def test_the_test_that_runs_it_exists(command: str, test: str, word: str) -> None:
+    file, _, name = test.partition("::")
+    source = (REPO / file).read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    found = next((node for node in nodes if node.name == name), None)
+    assert found, f"{file} has no {name}"
+    body = "\n".join(source.splitlines()[found.lineno - 1 - len(found.decorator_list) : found.end_lineno])
+    assert word in (source if test == RUN else body), f"{test} does not name {word!r}"
+
+
+def test_every_row_is_needed() -> None:
+    """A row for a command that no page has any more covers nothing."""
+    idle = [row[0] for row in COVERED if not any(re.fullmatch(row[0], one.text) for one in ALL)]
+    assert not idle
+
+
+def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
+    """`make` is too long for a test; what it would run is: the environment, then commands that the tests run."""
+    (tmp_path / "tests").mkdir()
+    for name in ("Makefile", *(file.name for file in REPO.glob("requirements*.txt")), "tests/s3-server.txt"):
+        shutil.copy2(REPO / name, tmp_path / name)
+
+    def plan(*target: str) -> str:
+        command = ["make", "--dry-run", *target]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    lines = plan().splitlines()
+    assert any(line.endswith("-m venv .venv") for line in lines)
+    assert any(line.endswith("-r requirements.txt") for line in lines)
+    assert lines[-2:] == [".venv/bin/dvc repro --quiet", ".venv/bin/python -m stages results"]
+    test = plan("test").splitlines()
+    assert any("-r requirements-dev.txt -r requirements-remote.txt" in line for line in test)
+    assert [line.split()[0].rpartition("/")[2] for line in test[-4:]] == ["ruff", "ruff", "mypy", "python"]
+    assert test[-1].endswith("-m pytest")
