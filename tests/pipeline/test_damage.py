@@ -24,6 +24,7 @@ import pytest
 from stages.core.generation import complete
 from stages.core.records import Journal, write_jsonl
 from stages.engine.base import Completion, Request
+from tests.processes import holds
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -284,7 +285,7 @@ def test_ended_damaged_and_with_a_rival(small_run: Project, copy_run: Callable[[
     # With its own temperature nothing of it is used; what is done until SIGTERM stays.
     project.update("profiles/tiny.yaml", {"evaluate.temperature": 0.9})
     process = start()
-    while process.poll() is None and not list(work.glob("*/journal.jsonl.lock")):
+    while process.poll() is None and not holds(process.pid, (work / "lock").resolve()):
         time.sleep(0.001)
     process.send_signal(signal.SIGSTOP)  # else it may be done before its rival has started
     try:

@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.processes import holds, owner_of
+
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
@@ -218,14 +220,6 @@ def start(project: Project, case: Case, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def holds(pid: int, path: Path) -> bool:
-    """Whether a process has a file open."""
-    try:
-        return any(link.readlink() == path for link in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:  # it ended, or closed one in between
-        return False
-
-
 def wait_for_start(process: subprocess.Popen[bytes], project: Project, case: Case) -> bool:
     """Until the stage has taken its lock, after the slow imports of the command; False when it ended."""
     lock, until = (project.root / case.work / "lock").resolve(), time.monotonic() + PATIENCE
@@ -237,14 +231,6 @@ def wait_for_start(process: subprocess.Popen[bytes], project: Project, case: Cas
         time.sleep(0.01)
     process.kill()
     raise AssertionError(f"{case.command} did not take its lock in {PATIENCE:.0f} s")
-
-
-def owner_of(path: Path) -> int | None:
-    """The process that has a file open."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and holds(int(folder.name), path.resolve()):
-            return int(folder.name)
-    return None
 
 
 def leave_alone(project: Project, case: Case, log: Path) -> Undisturbed:

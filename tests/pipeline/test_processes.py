@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.processes import arguments, children
+
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
@@ -84,15 +86,4 @@ def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
 
 def workers_of(pid: int) -> list[int]:
     """The processes a stage generates with."""
-    return [child for child in children(pid) if b"spawn_main" in arguments(child)]
-
-
-def children(pid: int) -> list[int]:
-    """The direct children of a process."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in found.split()]
-
-
-def arguments(pid: int) -> bytes:
-    """A process's command line."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [child for child in children(pid) if any("spawn_main" in word for word in arguments(child))]
