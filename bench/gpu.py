@@ -80,23 +80,22 @@ LENGTHS = {
     "prompt": (30, 58, 63, 66, 69, 71, 74, 76, 79, 81, 84, 87, 90, 93, 96, 100, 105, 111, 120, 132, 261),
     "answer": (32, 60, 68, 75, 81, 88, 93, 98, 104, 110, 117, 124, 132, 140, 149, 159, 170, 184, 205, 239, 465),
 }  # fmt: skip
-# What `--try` adds, each beside the pipeline's own setting. What is not installed says so in its row. "sorted" puts
-# rows of like length into one step within each global batch, whose rows stay as they were; "no casts" leaves out
-# PEFT's copies of every input in float32, which autocast makes bf16 again.
+# What `--try` adds, each beside the pipeline's own setting: rows of like length together, few at once. What is not
+# installed says so in its row. "no casts" leaves out PEFT's copies of every input in float32, which autocast makes
+# bf16 again.
 TRIALS: dict[str, dict[str, Any]] = {
-    "kept activations": {"arguments": {"gradient_checkpointing": False}},
-    "8 rows": {"rows": 8},
-    "8 rows, sorted": {"rows": 8, "sorted": True},
-    "8 rows, sorted, kept activations": {
-        "rows": 8, "sorted": True, "no_casts": True, "arguments": {"gradient_checkpointing": False},
-    },
-    "length groups": {"arguments": {"train_sampling_strategy": "group_by_length"}, "only": "sft"},
-    "8 rows, padding-free": {"rows": 8, "arguments": {"padding_free": True}, "only": "sft"},
-    "8 rows, padding-free, kept activations": {
-        "rows": 8, "no_casts": True, "only": "sft",
-        "arguments": {"padding_free": True, "gradient_checkpointing": False},
-    },
+    "2 rows": {"hardware": {"per_device_batch": 2}},
+    "4 rows": {"hardware": {"per_device_batch": 4}},
+    "8 rows": {"hardware": {"per_device_batch": 8}},
+    "16 rows": {"hardware": {"per_device_batch": 16}},
+    "the whole batch": {"hardware": {"per_device_batch": 32}},
+    "unsorted": {"unsorted": True},
+    "activations kept": {"hardware": {"gradient_checkpointing": False}},
+    "activations recomputed": {"hardware": {"gradient_checkpointing": True}},
+    "length groups": {"unsorted": True, "arguments": {"train_sampling_strategy": "group_by_length"}, "only": "sft"},
+    "padding-free": {"arguments": {"padding_free": True}, "only": "sft"},
     "no casts around the adapter": {"no_casts": True},
+    "padding-free, no casts": {"arguments": {"padding_free": True}, "no_casts": True, "only": "sft"},
     "liger": {"arguments": {"use_liger_kernel": True}},
     "flash attention": {"attention": "flash_attention_2"},
     "flash attention, padding-free": {
@@ -175,7 +174,7 @@ def prepare_place(place: Path, small: bool, engine: str) -> Path:
     changes = [f"hardware.engine={engine}"]
     if small:
         changes += ["hardware.threads=1", "hardware.processes=1", "hardware.generation_batch=64"]
-        changes += ["hardware.gradient_checkpointing=false", "model.dtype=float32"]
+        changes += ["model.dtype=float32"]
         changes += ["sft.batch=4", "dpo.batch=4", "rollout.questions=4", "dpo.select_questions=8"]
     change(place / "profiles" / "abel-7b.yaml", changes)
     return place
@@ -370,6 +369,7 @@ def work_on(folder: Path) -> None:
     plan = read_json(folder / PLAN)
     params = load_params()
     change = {"processes": plan["devices"], "engine": plan.get("engine", params.hardware.engine)}
+    change |= plan.get("hardware", {})
     params = params.model_copy(update={"hardware": params.hardware.model_copy(update=change)})
     sections = ("sft", "rollout", "dpo", "evaluate", "prompt", "seed")
     run = StageRun("bench", Sections(params, sections), folder, Console(stderr=True))
@@ -678,8 +678,6 @@ def train(run: StageRun) -> None:
     plan = read_json(run.work / PLAN)
     if not plan.get("defaults"):
         fix_arithmetic(run.params.hardware.threads, run.params.seed)
-    if "rows" in plan:
-        run.rows_limit = min(plan["rows"], run.rows_limit or plan["rows"])
     model, tokenizer = build_policy(plan, run)
     if plan.get("no_casts"):
         for module in model.modules():
@@ -704,6 +702,7 @@ def train(run: StageRun) -> None:
     forward, training = row_flops(weights, tokens, squares, answered)
     dpo = plan["phase"] == "dpo"
     label = f"{trainer.args.per_device_train_batch_size} rows at once, {model.config._attn_implementation}"
+    label += ", activations recomputed" if trainer.args.gradient_checkpointing else ""
     result = {
         "rate": (rows / 2 if dpo else tokens) / clock.seconds,
         "flops": training + (forward if dpo else 0),
@@ -721,16 +720,11 @@ def make_trainer(run: StageRun, plan: dict[str, Any], model: Any, tokenizer: Any
     from datasets import Dataset
     from trl import DPOConfig, SFTConfig, SFTTrainer
 
-    from stages.core.training import fill_batches, trainer_arguments
+    from stages.core.training import trainer_arguments, training_set
 
     phase, small = plan["phase"], plan["small"]
     spec = getattr(run.params, phase)
     rows = training_rows(phase, run, small)
-    if plan.get("sorted"):  # the rows of each global batch by length; which batch a row is in stays as it was
-        size = spec.batch
-        rows = [
-            one for at in range(0, len(rows), size) for one in sorted(rows[at : at + size], key=row_length)
-        ]
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1000}
     if plan.get("defaults"):
         arguments = {
@@ -738,12 +732,14 @@ def make_trainer(run: StageRun, plan: dict[str, Any], model: Any, tokenizer: Any
             "use_cpu": not torch.cuda.is_available(),
             **quiet,
         }
+        data = Dataset.from_list(rows)
     else:
-        order = {"train_sampling_strategy": "sequential"} if plan.get("sorted") else {}
-        arguments = {**trainer_arguments(spec, run, model), **quiet, **order, **plan.get("arguments", {})}
-        rows = fill_batches(rows, spec.batch)
+        lengths = [row_length(row) for row in rows]
+        arguments = trainer_arguments(spec, run, model, max(lengths))
+        data = training_set(rows, [0] * len(rows) if plan.get("unsorted") else lengths, spec, run, arguments)
+        arguments |= {**quiet, **plan.get("arguments", {})}
     common = {
-        "model": model, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer,
+        "model": model, "train_dataset": data, "processing_class": tokenizer,
         "callbacks": [clock],
     }  # fmt: skip
     if phase == "sft":
@@ -776,9 +772,11 @@ def training_rows(phase: str, run: StageRun, small: bool) -> list[dict[str, list
 
 def row_length(row: dict[str, list[int]]) -> int:
     """Tokens of a row; of a pair, those of its longer side."""
+    from stages.dpo import pair_length
+
     if "input_ids" in row:
         return len(row["input_ids"])
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    return pair_length(row)
 
 
 def count_weights(model: Any) -> dict[str, int]:

@@ -7,6 +7,7 @@ validation problems, and the step with the best score is kept. Step 0, the SFT a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from stages.core.stage import StageRun, atomic_folder, stage_run
 from stages.core.training import (
     Progress,
     assert_trainable,
-    fill_batches,
     newest_checkpoint,
     step_of,
     total_steps,
     trainer_arguments,
+    training_set,
     write_curve,
 )
 from stages.engine.base import Request, request_seed
@@ -92,7 +93,8 @@ def train(run: StageRun) -> None:
     config = adapter_config(model)
     trained = assert_trainable(model)
     checkpoint = newest_checkpoint(run.work)
-    arguments = trainer_arguments(spec, run, model)
+    lengths = [pair_length(row) for row in rows]
+    arguments = trainer_arguments(spec, run, model, max(lengths))
     with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
         trainer = PairTrainer(
             model=model,
@@ -102,7 +104,7 @@ def train(run: StageRun) -> None:
                 loss_type=list(spec.loss_type),
                 loss_weights=list(spec.loss_weights),
             ),
-            train_dataset=Dataset.from_list(fill_batches(rows, spec.batch)),
+            train_dataset=training_set(rows, lengths, spec, run, arguments),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],
         )
@@ -145,11 +147,16 @@ def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]
                 tokenizer, pair["rejected"], pair.get("rejected_finish") != "length", prompt.opening
             ),
         }
-        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) > spec.max_tokens:
+        if pair_length(row) > spec.max_tokens:
             too_long += 1
         else:
             rows.append(row)
     return rows, too_long
+
+
+def pair_length(row: Mapping[str, list[int]]) -> int:
+    """Tokens of a pair's longer side, the prompt included."""
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def assert_reference(model: Any, sft_adapter: Path) -> None:

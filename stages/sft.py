@@ -21,11 +21,11 @@ from stages.core.stage import StageRun, atomic_folder, stage_run
 from stages.core.training import (
     Progress,
     assert_trainable,
-    fill_batches,
     newest_checkpoint,
     step_of,
     total_steps,
     trainer_arguments,
+    training_set,
     write_curve,
 )
 
@@ -43,7 +43,6 @@ def main() -> None:
 
 def train(run: StageRun) -> None:
     """Train in this process, alone or as one of several; the first one writes the outputs."""
-    from datasets import Dataset
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -70,12 +69,13 @@ def train(run: StageRun) -> None:
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)
-    arguments = trainer_arguments(spec, run, model)
+    lengths = [len(row["input_ids"]) for row in rows]
+    arguments = trainer_arguments(spec, run, model, max(lengths))
     with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-            train_dataset=Dataset.from_list(fill_batches(rows, spec.batch)),
+            train_dataset=training_set(rows, lengths, spec, run, arguments),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],
         )

@@ -36,10 +36,11 @@ from stages.core.prompts import completion_ids, prompt_ids
 from stages.core.training import (
     COMPLETE,
     assert_trainable,
-    fill_batches,
     newest_checkpoint,
     total_steps,
     trainer_arguments,
+    training_order,
+    training_set,
 )
 
 PROMPT = Prompt(
@@ -155,7 +156,7 @@ def train_sft(project: SimpleNamespace, base_folder: Path) -> Any:
     """The model after one epoch of SFT, with its adapter."""
     model, tokenizer = fresh_adapter(base_folder)
     rows, _ = sft.build_rows(project, tokenizer)
-    arguments = trainer_arguments(SFT, project, model) | {"save_strategy": "no"}
+    arguments = trainer_arguments(SFT, project, model, 64) | {"save_strategy": "no"}
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
@@ -186,7 +187,7 @@ def dpo_trainer(
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
     rows, _ = dpo.build_rows(project, tokenizer)
-    arguments = trainer_arguments(DPO, project, model) | {"save_strategy": "no"}
+    arguments = trainer_arguments(DPO, project, model, 64) | {"save_strategy": "no"}
     trainer = dpo.PairTrainer(
         model=model,
         args=DPOConfig(**arguments, beta=DPO.beta, loss_type=["sigmoid"], loss_weights=[1.0]),
@@ -358,18 +359,61 @@ def test_the_global_batch_does_not_depend_on_processes(
     model, _ = load_base(base_folder)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     project.rows_limit = limit
-    made = trainer_arguments(SFT, project, model)
+    made = trainer_arguments(SFT, project, model, 64)
     rows, accumulation = made["per_device_train_batch_size"], made["gradient_accumulation_steps"]
     assert rows * accumulation * processes == SFT.batch
     assert rows <= (limit or HARDWARE.per_device_batch)
 
 
-def test_batches_are_filled_up() -> None:
-    """Every row is there, the first ones twice, so that no number of processes fills the last batch its own way."""
-    assert fill_batches([1, 2, 3, 4, 5], 4) == [1, 2, 3, 4, 5, 1, 2, 3]
-    assert fill_batches([1, 2, 3, 4], 4) == [1, 2, 3, 4]
-    assert fill_batches([1], 3) == [1, 1, 1]
+def test_the_order_of_training() -> None:
+    """Each epoch has every row, the first ones twice to fill the last batch, in an order of its own by seed."""
+    lengths = [5, 3, 9, 1, 7]
+    order = training_order(lengths, 4, 2, 17, sort=False)
+    assert [sorted(order[at : at + 8]) for at in (0, 8)] == [[0, 0, 1, 1, 2, 2, 3, 4]] * 2
+    assert order[:8] != order[8:] and order == training_order(lengths, 4, 2, 17, sort=False)
+    assert order != training_order(lengths, 4, 2, 18, sort=False)
+    assert training_order([7], 3, 1, 17, sort=True) == [0, 0, 0]
     assert total_steps(9, SFT) == 3
+
+
+def test_rows_of_like_length_stand_together() -> None:
+    """Sorting stays within the batch: the same rows are in every step, with and without it."""
+    lengths = [37 * n % 101 for n in range(50)]
+    plain = training_order(lengths, 8, 3, 17, sort=False)
+    by_length = training_order(lengths, 8, 3, 17, sort=True)
+    assert plain != by_length and len(plain) == 3 * 56
+    for at in range(0, len(plain), 8):
+        batch = by_length[at : at + 8]
+        assert sorted(batch) == sorted(plain[at : at + 8])
+        assert [lengths[place] for place in batch] == sorted(lengths[place] for place in batch)
+
+
+def test_the_trainer_takes_the_rows_in_that_order(project: SimpleNamespace, base_folder: Path) -> None:
+    """One row at a time and all of a batch at once see the same batches, and learn the same."""
+    losses = []
+    for limit in (None, 1):
+        project.rows_limit = limit
+        model, tokenizer = fresh_adapter(base_folder)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # what it drops depends on the rows at once
+        rows, _ = sft.build_rows(project, tokenizer)
+        lengths = [len(row["input_ids"]) for row in rows]
+        arguments = trainer_arguments(SFT, project, model, max(lengths)) | {"save_strategy": "no"}
+        data = training_set(rows, lengths, SFT, project, arguments)
+        config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+        at_once = arguments["per_device_train_batch_size"]
+        seen = [
+            batch["input_ids"].ne(tokenizer.pad_token_id).sum(1).tolist()
+            for batch in trainer.get_train_dataloader()
+        ]
+        assert [len(one) for one in seen] == [at_once] * (len(data) // at_once)
+        assert [n for one in seen for n in one] == [len(row["input_ids"]) for row in data]
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == total_steps(len(rows), SFT) > 1
 
 
 # ---- What DPO starts at --------------------------------------------------------------------------------

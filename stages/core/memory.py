@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from stages.core.errors import UserError
 from stages.core.params import BuiltModel, Dpo, Hardware, Sft
 
 GIB = 1024**3
+AT_ONCE = (
+    8  # sequences in training: enough to keep a GPU busy; with more of them more is padding (docs/gpus.md)
+)
 CPU_ROWS = 512  # more rows at once make a CPU no faster
 GPU_ROWS = 1024  # nor a GPU: by then reading the weights is a small part of each step
 PROMPT_TOKENS = 512  # where the prompts are not yet known; GSM8K's longest is under 300
@@ -119,7 +122,8 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     except KeyError as key:
         raise UserError(
             f"{where}: says no {key.args[0]}, so its memory cannot be estimated; "
-            "set hardware.per_device_batch and hardware.generation_batch to numbers"
+            "set hardware.per_device_batch and hardware.generation_batch to numbers and "
+            "hardware.gradient_checkpointing to true or false"
         ) from None
 
 
@@ -143,9 +147,9 @@ def shape_of_built(model: BuiltModel) -> Shape:
 
 
 def training_need(
-    shape: Shape, spec: Sft | Dpo, rank: int, dropout: bool, checkpointing: bool, cuda: bool
+    shape: Shape, spec: Sft | Dpo, tokens: int, rank: int, dropout: bool, checkpointing: bool, cuda: bool
 ) -> Need:
-    """What SFT or DPO needs, its rows as long as `max_tokens` allows.
+    """What SFT or DPO needs, every row (of a pair: each side, with the prompt) `tokens` long.
 
     Once: the base weights and the adapter's 32-bit weights. Gradients, Adam's two averages and its temporary,
     and the sum over processes are 4 bytes each for a weight of the adapter. DPO has the reference adapter besides.
@@ -156,7 +160,6 @@ def training_need(
     memory is less than that of the backward pass, which comes later. TRL turns dropout off for DPO.
     """
     pair = isinstance(spec, Dpo)
-    tokens = spec.max_tokens
     fixed = shape.parameters() * shape.width
     fixed += shape.adapter_parameters(rank) * 4 * (6 + pair)
     block = block_bytes(shape, rank, tokens, dropout and not pair, cuda)
@@ -274,15 +277,43 @@ def cpu_device(processes: int) -> Device:
     return Device("CPU", False, total, max(0, free) // processes)
 
 
-def training_rows(model: Any, spec: Sft | Dpo, hardware: Hardware) -> int:
-    """Rows this process may take at once in training: what the profile says, or what fits beside the model."""
-    if hardware.per_device_batch != "auto":
-        return hardware.per_device_batch
-    device, adapter = own_device(hardware), model.peft_config["default"]
-    need = training_need(
-        _shape(model), spec, adapter.r, adapter.lora_dropout > 0, hardware.gradient_checkpointing, device.cuda
-    )
-    return min(spec.batch, max(1, need.rows(device.free + _held(model))))
+def training_rows(
+    model: Any, spec: Sft | Dpo, hardware: Hardware, longest: int, processes: int, most: int | None
+) -> tuple[int, bool]:
+    """`plan_training` for this process's device, with the model in memory and rows of at most `longest` tokens."""
+    if hardware.per_device_batch != "auto" and hardware.gradient_checkpointing != "auto":  # any model
+        return min(hardware.per_device_batch, most or spec.batch), hardware.gradient_checkpointing
+    device, shape, adapter = own_device(hardware), _shape(model), model.peft_config["default"]
+
+    def need(checkpointing: bool) -> Need:
+        dropout = adapter.lora_dropout > 0
+        return training_need(shape, spec, longest, adapter.r, dropout, checkpointing, device.cuda)
+
+    return plan_training(need, spec, hardware, device.free + _held(model), processes, most)
+
+
+def plan_training(
+    need: Callable[[bool], Need],
+    spec: Sft | Dpo,
+    hardware: Hardware,
+    free: int,
+    processes: int,
+    most: int | None = None,
+) -> tuple[int, bool]:
+    """Rows to take at once in training, and whether to recompute activations (gradient checkpointing).
+
+    `need` gives the memory without and with recomputing. `auto` takes AT_ONCE sequences where they fit, and keeps
+    the activations where that fits as well: computing them again costs a forward pass, a third more work.
+    `most` rows are left after memory ran out; then nothing is kept that can be computed again.
+    """
+    given, checkpointing = hardware.per_device_batch, hardware.gradient_checkpointing
+    wanted = max(1, AT_ONCE // (2 if isinstance(spec, Dpo) else 1)) if given == "auto" else given
+    wanted = min(wanted, spec.batch // processes, most or spec.batch)
+    if checkpointing == "auto":
+        checkpointing = most is not None or need(False).rows(free) < wanted
+    if given == "auto":
+        wanted = min(wanted, max(1, need(checkpointing).rows(free)))
+    return wanted, checkpointing
 
 
 def generation_batch(model: Any, hardware: Hardware, prompt: int, new: int) -> int:

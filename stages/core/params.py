@@ -341,7 +341,7 @@ class Hardware(Section):
     engine: Literal["auto", "transformers", "continuous", "vllm"]
     generation_batch: Positive | Auto
     per_device_batch: Positive | Auto
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Auto
 
 
 class Params(Section):

@@ -5,7 +5,8 @@
 With one device the function is called in this process. With several, each gets a process of its own and torch's
 distributed environment (RANK, WORLD_SIZE, ...), from which accelerate and the trainers take the rest. Under the
 ray launcher Ray Train starts the same function on the hosts of the cluster. A process that runs out of memory
-halves the rows taken at once, and training goes on from the newest complete checkpoint.
+computes activations again or halves the rows taken at once, and training goes on from the newest complete
+checkpoint.
 """
 
 from __future__ import annotations
@@ -46,20 +47,26 @@ def train_everywhere(entry: str, run: StageRun, batch: int) -> None:
             raise UserError(
                 f"{run.name}: the model does not fit into memory; `python -m stages check` says more"
             )
-        used = read_json(note)["rows"]
-        if used == 1:
-            raise UserError(
-                f"{run.name}: out of memory with one row at a time; set hardware.gradient_checkpointing: true, "
-                "or lower max_tokens"
-            )
-        limit = used // 2
-        run.say(f"out of memory with {used} rows at once; going on with {limit}")
+        used = read_json(note)
+        limit = _fewer_rows(run, used["rows"], used["checkpointing"])
 
 
-def note_rows(run: StageRun, rows: int) -> None:
-    """Remember how many rows a process takes at once, for whoever starts it again."""
+def _fewer_rows(run: StageRun, rows: int, checkpointing: bool) -> int:
+    """How many rows to go on with after memory ran out; says so. Raises UserError when nothing is left to try."""
+    if not checkpointing and run.params.hardware.gradient_checkpointing == "auto":
+        run.say(f"out of memory with {rows} rows at once; going on with activations computed again")
+        return rows
+    if rows == 1:
+        advice = "lower max_tokens" if checkpointing else "set hardware.gradient_checkpointing: auto"
+        raise UserError(f"{run.name}: out of memory with one row at a time; {advice}")
+    run.say(f"out of memory with {rows} rows at once; going on with {rows // 2}")
+    return rows // 2
+
+
+def note_rows(run: StageRun, rows: int, checkpointing: bool) -> None:
+    """Remember how many rows a process takes at once, and how, for whoever starts it again."""
     if os.environ.get("RANK", "0") == "0":
-        write_json(run.work / ROWS, {"rows": rows})
+        write_json(run.work / ROWS, {"rows": rows, "checkpointing": checkpointing})
 
 
 def _attempt(entry: str, run: StageRun, batch: int, limit: int | None) -> bool:

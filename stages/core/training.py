@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.core.devices import micro_batch
@@ -25,28 +26,29 @@ from stages.core.stage import StageRun
 COMPLETE = "complete"  # written into a checkpoint once all of it is on the disk
 
 
-def trainer_arguments(spec: Sft | Dpo, run: StageRun, model: Any) -> dict[str, Any]:
-    """Keyword arguments common to TRL's SFTConfig and DPOConfig.
+def trainer_arguments(spec: Sft | Dpo, run: StageRun, model: Any, longest: int) -> dict[str, Any]:
+    """Keyword arguments common to TRL's SFTConfig and DPOConfig, for rows of at most `longest` tokens.
 
     The global batch stays what the parameters say: the rows a process takes at once and the accumulation
-    follow from the number of processes, `hardware.per_device_batch` and the memory there is.
+    follow from the number of processes, from `hardware` and from the memory there is.
     """
     hardware, seed = run.params.hardware, run.params.seed
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    limit = training_rows(model, spec, hardware)
+    limit, checkpointing = training_rows(model, spec, hardware, longest, processes, run.rows_limit)
     if processes > 1:
         PartialState(cpu=not torch.cuda.is_available())  # joins the other processes
-        limit = min(gather_object([limit]))  # accumulation must be the same in all
-    if run.rows_limit is not None:
-        limit = min(limit, run.rows_limit)
+        everyone = gather_object([(limit, checkpointing)])
+        limit = min(rows for rows, _ in everyone)  # accumulation must be the same in all
+        checkpointing = any(on for _, on in everyone)
     micro = micro_batch(spec.batch, processes, limit)
-    note_rows(run, micro)
+    note_rows(run, micro, checkpointing)
     return {
         "output_dir": str(run.work / "trainer"),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": spec.batch // (micro * processes),
         "ddp_find_unused_parameters": False,
-        "num_train_epochs": spec.epochs,
+        "num_train_epochs": 1,  # the training set holds all epochs, see `training_set`
+        "train_sampling_strategy": "sequential",
         "learning_rate": spec.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": spec.warmup_ratio,  # below 1 it is a share of all steps
@@ -54,7 +56,7 @@ def trainer_arguments(spec: Sft | Dpo, run: StageRun, model: Any) -> dict[str, A
         "seed": seed,
         "data_seed": seed,
         "bf16": next(model.parameters()).dtype == torch.bfloat16,
-        "gradient_checkpointing": hardware.gradient_checkpointing,
+        "gradient_checkpointing": checkpointing,
         "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "steps",
         "save_steps": spec.checkpoint_steps,
@@ -130,13 +132,34 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
-def fill_batches(rows: list[Any], batch: int) -> list[Any]:
-    """The rows, the first ones again until they fill whole global batches.
+def training_order(lengths: Sequence[int], batch: int, epochs: int, seed: int, sort: bool) -> list[int]:
+    """Which row is trained on when: places of rows, epoch after epoch, in whole global batches.
 
-    Without it the last batch of an epoch would be filled by each number of processes in its own way.
+    Every epoch is shuffled anew, by seed. The first rows come again until the last batch is full, which each
+    number of processes would else fill in its own way. With `sort`, the rows of each batch are put in order of
+    length, so that those taken at once need little padding; which rows share a batch stays as it is.
     """
-    wanted = math.ceil(len(rows) / batch) * batch
-    return [rows[place % len(rows)] for place in range(wanted)]
+    wanted = math.ceil(len(lengths) / batch) * batch
+    order: list[int] = []
+    for epoch in range(epochs):
+        shuffled = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed + epoch))
+        order += [place % len(lengths) for place in shuffled.tolist()]
+    if not sort:
+        return order
+    batches = [order[at : at + batch] for at in range(0, len(order), batch)]
+    return [place for one in batches for place in sorted(one, key=lengths.__getitem__)]
+
+
+def training_set(
+    rows: list[Any], lengths: list[int], spec: Sft | Dpo, run: StageRun, arguments: Mapping[str, Any]
+) -> Dataset:
+    """The rows of the whole run in the order they are trained on, for `trainer_arguments`.
+
+    A batch that is taken at once keeps its order: sorting it would change nothing but the rounding.
+    """
+    in_parts = arguments["per_device_train_batch_size"] < spec.batch
+    order = training_order(lengths, spec.batch, spec.epochs, run.params.seed, sort=in_parts)
+    return Dataset.from_list(rows).select(order)
 
 
 def total_steps(rows: int, spec: Sft | Dpo) -> int:

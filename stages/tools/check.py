@@ -183,10 +183,7 @@ def estimates(params: Params, shape: Shape, device: Device, processes: int) -> I
     """(stage, memory needed, rows at once and what follows, whether it fits) for every stage with a model."""
     lora = params.sft.lora
     for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
-        need = memory.training_need(
-            shape, spec, lora.r, lora.dropout > 0, params.hardware.gradient_checkpointing, device.cuda
-        )
-        yield (name, *_training(params, spec, need, device, processes))
+        yield (name, *_training(params, spec, shape, device, processes))
     prompt = memory.PROMPT_TOKENS
     lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}
     for name, new in lengths.items():
@@ -199,26 +196,32 @@ def estimates(params: Params, shape: Shape, device: Device, processes: int) -> I
 
 
 def _training(
-    params: Params, spec: Sft | Dpo, need: Need, device: Device, available: int
+    params: Params, spec: Sft | Dpo, shape: Shape, device: Device, available: int
 ) -> tuple[str, str, str]:
-    given = params.hardware.per_device_batch
+    lora, hardware = params.sft.lora, params.hardware
+
+    def need_of(checkpointing: bool) -> Need:
+        dropout = lora.dropout > 0
+        return memory.training_need(shape, spec, spec.max_tokens, lora.r, dropout, checkpointing, device.cuda)
+
     processes = training_processes(available, spec.batch)
-    limit = max(1, need.rows(device.free)) if given == "auto" else given
-    rows = micro_batch(spec.batch, processes, limit)
+    limit, checkpointing = memory.plan_training(need_of, spec, hardware, device.free, processes)
+    need, rows = need_of(checkpointing), micro_batch(spec.batch, processes, limit)
     steps = spec.batch // (rows * processes)
-    unit = "pairs" if isinstance(spec, Dpo) else "rows"
-    follows = f"{rows} {unit}"
+    pairs = isinstance(spec, Dpo)
+    follows = f"{rows} {'pairs' if pairs else 'rows'}"
     if processes > 1:
         follows += f" x {processes} processes"
     if steps > 1:
         follows += f" x {steps} passes"
     follows += f" = {spec.batch}" if steps * processes > 1 else ""
+    follows += ", recomputing" if checkpointing else ""
     if rows > 1:
         advice = "lower hardware.per_device_batch"
-    elif not params.hardware.gradient_checkpointing:
-        advice = "set hardware.gradient_checkpointing: true"
+    elif not checkpointing:
+        advice = "set hardware.gradient_checkpointing: auto"
     else:
-        advice = f"lower {'dpo' if isinstance(spec, Dpo) else 'sft'}.max_tokens"
+        advice = f"lower {'dpo' if pairs else 'sft'}.max_tokens"
     return f"{need.at(rows) / GIB:.1f} GiB", follows, _verdict(need, rows, device, advice)
 
 

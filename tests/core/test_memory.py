@@ -172,7 +172,7 @@ def test_training(
     rank, rows, tokens = sizes[6:]
     peak, shape = training_peak(what, sizes, dtype, checkpointing, dropout, tmp_path)
     spec = sft_spec(tokens, rank) if what == "sft" else dpo_spec(tokens)
-    need = training_need(shape, spec, rank, dropout > 0, checkpointing, cuda=False)
+    need = training_need(shape, spec, tokens, rank, dropout > 0, checkpointing, cuda=False)
     assert 0.9 * peak <= need.fixed + rows * need.row <= 1.6 * peak
 
 
@@ -240,8 +240,8 @@ def test_abel_on_one_large_gpu() -> None:
     shape = memory.shape_of_config(ABEL, "config.json")
     assert shape.parameters() == 7_241_732_096 + 2 * 32 * 4096  # Mistral-7B, and 32 words more
     for spec in (sft_spec(1024, 32), dpo_spec(1024)):
-        with_checkpoints = training_need(shape, spec, 32, True, True, cuda=True)
-        without = training_need(shape, spec, 32, True, False, cuda=True)
+        with_checkpoints = training_need(shape, spec, 1024, 32, True, True, cuda=True)
+        without = training_need(shape, spec, 1024, 32, True, False, cuda=True)
         assert with_checkpoints.rows(79 * GIB) >= 32 > without.rows(79 * GIB) >= 1
         assert with_checkpoints.rows(14 * GIB) == 0
 
@@ -255,17 +255,49 @@ def test_rows_and_bytes_agree() -> None:
         assert need.at(rows + 1) > free
 
 
-def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More memory, more rows, up to the global batch; at least one; a number in the profile is taken as it is."""
+def plan(
+    kept: float, again: float, spec: Any = None, processes: int = 1, most: int | None = None, **given: Any
+) -> Any:
+    """`plan_training` where so many rows fit with activations kept, and so many with activations computed again."""
+    needs = {False: Need(0, round(900 / kept)), True: Need(0, round(900 / again))}
+    hardware = HARDWARE.model_copy(update={"gradient_checkpointing": "auto", **given})
+    return memory.plan_training(needs.__getitem__, spec or sft_spec(100, 4), hardware, 1000, processes, most)
+
+
+def test_auto_keeps_activations_where_it_can() -> None:
+    """Eight sequences, with activations kept where those fit, else computed again; else as many rows as fit."""
+    assert plan(8, 40) == (8, False)
+    assert plan(100, 400) == (8, False)
+    assert plan(7, 40) == (8, True)
+    assert plan(0.5, 3) == (3, True)
+    assert plan(0.1, 0.5) == (1, True), "at least one; the stage will say that it does not fit"
+    assert plan(4, 40, dpo_spec(100)) == (4, False), "a pair is two sequences"
+    assert plan(3, 40, dpo_spec(100)) == (4, True)
+    assert plan(2, 40, processes=32) == (2, False), "a process takes no more than its share"
+    assert plan(8, 40, most=8) == (8, True) and plan(8, 40, most=2) == (2, True), "after memory ran out"
+
+
+def test_numbers_in_the_profile_are_taken() -> None:
+    """Also too large ones; only what is `auto` is chosen."""
+    assert plan(8, 40, per_device_batch=16) == (16, True)
+    assert plan(16, 40, per_device_batch=16) == (16, False)
+    assert plan(8, 40, per_device_batch=16, gradient_checkpointing=False) == (16, False)
+    assert plan(3, 40, gradient_checkpointing=False) == (3, False)
+    assert plan(100, 400, gradient_checkpointing=True) == (8, True)
+
+
+def test_rows_for_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More memory or shorter rows, more at once; with numbers given, any kind of model will do."""
     model, spec = make_model(SHAPES[0], torch.float32, 4), sft_spec(100, 4)
     found = []
-    for free in (0, 30 * 2**20, 33 * 2**20, 10**12):
+    monkeypatch.setattr(memory, "HEAD_TOKENS", 64)
+    for free, longest in ((0, 100), (14 * 2**20, 100), (14 * 2**20, 50), (10**12, 100)):
         monkeypatch.setattr(memory, "own_device", lambda _, free=free: Device("GPU", True, free, free))
-        monkeypatch.setattr(memory, "HEAD_TOKENS", 64)
-        found.append(memory.training_rows(model, spec, HARDWARE))
-    assert found[0] == 1 < found[1] < found[2] < found[3] == spec.batch
+        found.append(memory.training_rows(model, spec, HARDWARE, longest, 1, None)[0])
+    assert found[0] == 1 < found[1] < found[2] <= found[3] == memory.AT_ONCE
     given = HARDWARE.model_copy(update={"per_device_batch": 7, "generation_batch": 9})
-    assert memory.training_rows(model, spec, given) == 7
+    assert memory.training_rows(None, spec, given, 100, 1, None) == (7, True)
+    assert memory.training_rows(None, spec, given, 100, 1, 3) == (3, True)
     assert memory.generation_batch(model, given, 10, 10) == 9
 
 

@@ -142,6 +142,30 @@ def test_one_row_that_does_not_fit(project: Path, memory: Callable[[int, int], l
         start("sft", project / "work", per_device_batch=2)
 
 
+def test_activations_are_computed_again_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` gives up the activations it keeps before it takes fewer rows; after that only rows are left."""
+    start("sft", project / "small", per_device_batch=2)
+    wanted = read_adapter(SFT_ADAPTER)
+    shutil.rmtree(SFT_ADAPTER)
+    forward, most = MistralModel.forward, 8
+
+    def limited(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        again = any(layer.gradient_checkpointing for layer in self.layers)
+        if torch.is_grad_enabled() and (not again or len(input_ids) > most):
+            raise torch.OutOfMemoryError("simulated")
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(MistralModel, "forward", limited)
+    said = start("sft", project / "large", per_device_batch=8, gradient_checkpointing="auto")
+    assert "sft  out of memory with 8 rows at once; going on with activations computed again" in said
+    assert said.count("out of memory") == 1
+    for name, tensor in read_adapter(SFT_ADAPTER).items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=1e-3)
+    most = 0
+    with pytest.raises(UserError, match=r"sft: out of memory with one row at a time; lower max_tokens"):
+        start("sft", project / "none", per_device_batch=2, gradient_checkpointing="auto")
+
+
 def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that runs out before there are rows cannot be helped by fewer of them."""
 
@@ -150,7 +174,7 @@ def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(sft, "load_base", load)
     (project / "work").mkdir()
-    (project / "work" / ROWS).write_text('{"rows": 8}')  # of an earlier run
+    (project / "work" / ROWS).write_text('{"rows": 8, "checkpointing": false}')  # of an earlier run
     with pytest.raises(UserError, match="sft: the model does not fit into memory"):
         start("sft", project / "work")
 
@@ -163,7 +187,7 @@ from stages.core.processes import note_rows
 
 def train(run):
     rows = run.rows_limit or 8
-    note_rows(run, rows)
+    note_rows(run, rows, True)
     with Path(f"process-{os.environ['RANK']}").open("a") as file:
         file.write(f"{rows} ")
     if rows > 4 and os.environ["RANK"] == "1":
@@ -187,7 +211,7 @@ def test_one_of_two_processes_runs_out(project: Path, monkeypatch: pytest.Monkey
     train_everywhere("entry:train", run, 8)
     for rank in range(2):
         assert (project / f"process-{rank}").read_text() == "8 4 "
-    assert read_json(run.work / ROWS) == {"rows": 4}
+    assert read_json(run.work / ROWS) == {"rows": 4, "checkpointing": True}
 
 
 def test_two_processes_agree_on_their_rows(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +231,6 @@ def test_two_processes_agree_on_their_rows(project: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project), str(SMALL.parents[1])]))
     start("sft", project / "two")
-    assert read_json(project / "two" / ROWS) == {"rows": 1}
+    assert read_json(project / "two" / ROWS) == {"rows": 1, "checkpointing": False}
     for name, tensor in read_adapter(SFT_ADAPTER).items():
         torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=1e-3)

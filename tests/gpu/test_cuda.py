@@ -161,7 +161,7 @@ def trained(policy: Any, tokenizer: Any, tmp_path: Path) -> Callable[[str], tupl
                 rows.append({"input_ids": before + good, "labels": [-100] * len(before) + good})
             else:
                 rows.append({"prompt_ids": before, "chosen_ids": good, "rejected_ids": bad})
-        arguments = trainer_arguments(spec, run, policy) | {"save_strategy": "no"}
+        arguments = trainer_arguments(spec, run, policy, 32) | {"save_strategy": "no"}
         assert arguments["bf16"] is True and arguments["use_cpu"] is False
         common = {"model": policy, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
         if phase == "sft":
