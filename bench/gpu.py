@@ -175,7 +175,7 @@ def prepare_place(place: Path, small: bool, engine: str) -> Path:
     if small:
         changes += ["hardware.threads=1", "hardware.processes=1", "hardware.generation_batch=64"]
         changes += ["model.dtype=float32"]
-        changes += ["sft.batch=4", "dpo.batch=4", "rollout.questions=4", "dpo.select_questions=8"]
+        changes += ["sft.batch=16", "dpo.batch=16", "rollout.questions=4", "dpo.select_questions=8"]
     change(place / "profiles" / "abel-7b.yaml", changes)
     return place
 
