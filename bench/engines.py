@@ -46,6 +46,7 @@ def main() -> None:
     import torch
 
     from stages.core.params import load_params
+    from stages.core.paths import ADAPTERS
     from stages.core.policy import load_policy, load_tokenizer
     from stages.core.prompts import prompt_ids
     from stages.core.records import read_jsonl
@@ -53,7 +54,7 @@ def main() -> None:
     from stages.engine.continuous_engine import ContinuousEngine
     from stages.engine.transformers_engine import TransformersEngine
     from stages.engine.vllm_engine import VllmEngine
-    from stages.evaluate import ADAPTERS, PLATINUM
+    from stages.evaluate import PLATINUM
 
     params, adapter = load_params(), ADAPTERS[options.policy]
     fix_arithmetic(params.hardware.threads, 0)

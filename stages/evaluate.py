@@ -15,7 +15,7 @@ from typing import Any
 from stages.core.answers import read_answer, same_answer
 from stages.core.generation import complete
 from stages.core.launch import fix_arithmetic
-from stages.core.paths import BASE, DPO_ADAPTER, SFT_ADAPTER
+from stages.core.paths import ADAPTERS, BASE
 from stages.core.policy import load_tokenizer
 from stages.core.prompts import prompt_ids
 from stages.core.records import read_jsonl, write_json, write_jsonl
@@ -25,7 +25,6 @@ from stages.engine.base import Request, request_seed
 from stages.engine.choose import open_engine
 
 PLATINUM = Path("data/gsm8k/platinum.jsonl")
-ADAPTERS = {"base": None, "sft": SFT_ADAPTER, "dpo": DPO_ADAPTER}
 
 
 def main(policy: str) -> None:

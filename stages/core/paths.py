@@ -7,3 +7,4 @@ from pathlib import Path
 BASE = Path("checkpoints/base")
 SFT_ADAPTER = Path("checkpoints/sft_lora")
 DPO_ADAPTER = Path("checkpoints/dpo_coherence_lora")
+ADAPTERS = {"base": None, "sft": SFT_ADAPTER, "dpo": DPO_ADAPTER}  # by policy

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from stages.core.answers import read_answer
 from stages.core.errors import UserError
 from stages.core.params import Params, load_params
-from stages.core.paths import BASE, DPO_ADAPTER, SFT_ADAPTER
+from stages.core.paths import ADAPTERS, BASE
 
 if TYPE_CHECKING:
     from stages.core.answers import Reading
-
-ADAPTERS = {"base": None, "sft": SFT_ADAPTER, "dpo": DPO_ADAPTER}
 
 
 def main(
