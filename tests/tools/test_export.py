@@ -27,6 +27,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from stages.core.answers import read_answer
 from stages.core.errors import UserError
 from stages.core.params import BuiltModel, load_params
+from stages.core.paths import ADAPTERS
 from stages.core.policy import adapter_config, adapter_weights, load_policy, save_adapter
 from stages.core.prompts import prompt_ids
 from stages.core.records import read_jsonl, write_json, write_jsonl
@@ -36,7 +37,6 @@ from stages.engine.base import Request
 from stages.engine.choose import make_engine
 from stages.tiny.model import build_tokenizer
 from stages.tools import export
-from stages.tools.ask import ADAPTERS
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = REPO / "tests" / "small"
