@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.errors import UserError
+from stages.core.provenance import LOCK, MADE_BY, History, broken, read_lock
 from stages.core.records import atomic_write, read_json, read_jsonl, write_json
 from stages.core.stage import stage_run
 from stages.core.stats import LEAK_LIMIT, TRUNCATED_LIMIT, compare, health_warnings, summarise
@@ -97,7 +98,7 @@ def main(
             file.write(text)
         for sentence in facts["verdicts"][:1]:
             run.say(f"{sentence['title']}, greedy: {sentence['greedy']}")
-        for warning in facts["warnings"]:
+        for warning in [*facts["warnings"], *facts["disagreements"]]:
             run.say(f"WARNING {warning}")
 
 
@@ -154,10 +155,11 @@ def _page_facts(
         "warnings": [w for name, values in policies.items() for w in health_warnings(values, POLICIES[name])],
         "curves": _curve_charts({p.stem: t for p, t in csv_tables.items() if p.parent.name == "curves"}),
         "plots": [_plot(p.stem, t) for p, t in csv_tables.items() if p.parent.name != "curves"],
+        "pairs": _pair_kinds(metrics),
         "summaries": _summaries(metrics),
         "manifests": manifests,
         "disagreements": _disagreements(manifests),
-        "lock": Path("dvc.lock").is_file(),
+        "lock": LOCK.is_file(),
         "pinned": _text(Path("requirements.txt")),
     }
 
@@ -272,6 +274,18 @@ def _short(text: str) -> str:
         return text
 
 
+def _pair_kinds(metrics: Path) -> list[dict[str, Any]]:
+    """One row a kind of pair: how many, from how many questions, margin, length difference, not shorter."""
+    path = metrics / "preference.json"
+    values = read_json(path) if path.is_file() else {}
+    kinds = ((name, values.get(name)) for name in ("correctness", "coherence"))
+    return [
+        {"kind": name, **kind}
+        for name, kind in kinds
+        if isinstance(kind, dict) and kind.get("mean_margin") is not None
+    ]
+
+
 def _summaries(metrics: Path) -> list[dict[str, Any]]:
     """The JSON metrics of the earlier stages as name/value tables."""
     titles = {"data": "Data", "regime_w": "Regime W", "rollout": "Rollouts", "preference": "Pairs"}
@@ -383,19 +397,19 @@ def _manifests() -> list[dict[str, Any]]:
 
 
 def _disagreements(manifests: list[dict[str, Any]]) -> list[str]:
-    """Where a manifest's parameters are not those in dvc.lock; [] also when there is no dvc.lock.
+    """Where manifests, the files they name and dvc.lock do not tell one story; [] also when there is no dvc.lock.
 
-    DVC notes a parameter's value after the command ran, so an edit made meanwhile is recorded wrongly.
+    DVC notes a parameter's value after the command ran, so an edit made meanwhile is recorded wrongly; and a
+    stage run past DVC leaves an output that later ones never read. What is not here (not pulled) is no
+    disagreement.
     """
-    if not Path("dvc.lock").is_file():
+    if not LOCK.is_file():
         return []
-    from ruamel.yaml import YAML, YAMLError
-
     try:
-        lock = YAML(typ="safe", pure=True).load(Path("dvc.lock").read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError):
-        return ["dvc.lock cannot be read as YAML, so nothing could be checked"]
-    stages = (lock or {}).get("stages") or {}
+        stages, history = read_lock(), History()
+        broken_links = broken(history.steps(tuple(MADE_BY)))
+    except UserError as error:
+        return [str(error)]
     found = []
     for manifest in manifests:
         if manifest["stage"] not in stages:
@@ -408,7 +422,7 @@ def _disagreements(manifests: list[dict[str, Any]]) -> list[str]:
                     used = used.get(part) if isinstance(used, Mapping) else None
                 if used is not None:
                     found += [f"{manifest['stage']}: {words}" for words in _differences(key, used, locked)]
-    return found
+    return [*found, *map(str, broken_links)]
 
 
 def _differences(key: str, used: Any, locked: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ import json
 import random
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from stages.core.records import write_json, write_jsonl
 from stages.core.stats import compare, summarise
 from stages.core.svg import interval_chart, line_chart, ticks
 from stages.core.table import print_results
+from tests.browser import CHROMIUM, Browser
 
 REPO = Path(__file__).resolve().parents[1]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 RATES = {"base": 0.4, "sft": 0.7, "dpo": 0.9}
 
 
@@ -73,6 +73,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+PAIRS_OF_A_KIND = {
+    "pairs": 12, "questions": 9, "mean_margin": 0.5, "length_difference": 1.5, "chosen_not_shorter": 0.75,
+}  # fmt: skip
+
+
 def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
     write_jsonl(root / f"data/platinum_eval/{name}.jsonl", rows)
     write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, seed=1))
@@ -91,12 +96,17 @@ def add_everything(root: Path) -> None:
         "metrics/plots/accuracy_by_coherence.csv": "coherence,accuracy\n0.1,0.2\n0.9,0.95\n",
         "metrics/plots/empty.csv": "",
         "metrics/preference.json": json.dumps(
-            {"pairs": 12, "coherence": {"made": 5, "refused": {"same": 2}}}
+            {
+                "pairs": 12,
+                "correctness": PAIRS_OF_A_KIND,
+                "coherence": {"pairs": 0, "mean_margin": None, "refused": {"same": 2}},
+            }
         ),
         "data/platinum_eval/sft.manifest.json": json.dumps(
             {
                 "stage": "evaluate@sft",
                 "params": {"evaluate": {"samples": 4, "system": None}},
+                "inputs": {"not/pulled": "1e" * 32},
                 "outputs": {"a": "0f" * 32},
             }
         ),
@@ -166,7 +176,8 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     for words in (
         "DPO: log-probabilities", "DPO: accuracy on the validation split", "base: loss", "arms: reward",
         "Accuracy against coherence", "coherence › refused › same", "0f" * 32,
-        "The parameters in all 1 manifests are those in dvc.lock",
+        "The 1 manifests, the files they name and dvc.lock tell one story",
+        "Pairs by kind", ">+1.50<", "<th scope=\"col\">pulls</th>",
     ):  # fmt: skip
         assert words in page
     verdict = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]["verdict"]
@@ -227,7 +238,7 @@ def test_unhealthy_generations_are_loud(workplace: Path) -> None:
             "evaluate@dpo",
             "has a manifest (data/platinum_eval/sft.manifest.json) and no entry",
         ),
-        ("stages:", "stages: [", "cannot be read as YAML"),
+        ("stages:", "stages: [", "dvc.lock: cannot be read"),
     ],
 )
 def test_manifests_that_differ_from_the_lock_are_shown(
@@ -238,7 +249,7 @@ def test_manifests_that_differ_from_the_lock_are_shown(
     lock.write_text(lock.read_text().replace(old, new))
     report.main()
     page = (workplace / "report.html").read_text()
-    assert "What ran and what dvc.lock records differ" in page
+    assert "Manifests, files and dvc.lock do not tell one story" in page
     assert words in page
 
 
@@ -261,49 +272,94 @@ def test_page_stays_small(workplace: Path) -> None:
     assert all("characters left out" in row["text"][2] and "####" in row["text"][2] for row in data["rows"])
 
 
-PROBE = """<script>
-const out = [];
-const set = (id, value) => { at(id).value = value; at("filters").dispatchEvent(new Event("input")); };
-const count = () => at("list").children.length + "/" + found.length;
-out.push(count()); set("show", "all"); out.push(count()); at("more").click(); out.push(count());
-set("search", "zoë pears"); out.push(count());
-set("search", "zoë APPLES platinum-00017"); out.push(count());
-const item = at("list").firstChild; item.open = true;
-setTimeout(() => {
-  const texts = item.querySelectorAll("pre");
-  out.push(texts.length, texts[0].textContent, item.querySelectorAll("img").length);
-  out.push(document.documentElement.scrollWidth <= innerWidth ? "fits" : "wider than the window");
-  document.title = JSON.stringify(out);
-}, 100);
-</script></body>"""
+def test_outputs_that_were_changed_are_shown(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is not the one its manifest names is said on the page and in the terminal."""
+    add_everything(workplace)
+    (workplace / "a").write_text("edited by hand")
+    report.main()
+    words = "a, written by evaluate@sft, differs from what lies here now"
+    assert words in (workplace / "report.html").read_text()
+    assert f"WARNING {words}" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_page_in_a_browser(workplace: Path) -> None:
-    """Search and filter find what they should, an opened question shows both completions as text, nothing is
-    wider than the window, and the console stays silent."""
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+COUNT = "[at('list').children.length, found.length]"
+WIDE = "document.documentElement.scrollWidth - innerWidth"
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_page_in_a_browser(workplace: Path, browser: Browser, width: int, dark: bool) -> None:
+    """Search and filter find what they should; an opened question shows both completions as text, side by side or
+    one below the other; nothing is wider than the window; only the page itself is asked for; no complaints."""
     add_everything(workplace)
     report.main()
-    page = (workplace / "report.html").read_text()
-    (workplace / "probe.html").write_text(page.replace("</body>", PROBE))
-    assert CHROMIUM is not None
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={workplace / 'browser'}",
-         "--enable-logging=stderr", "--virtual-time-budget=3000", "--window-size=500,900", "--dump-dom",
-         (workplace / "probe.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None
+    address = (workplace / "report.html").as_uri()
+    page = browser.open(address, width=width, dark=dark)
     comparison = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
     changed = comparison["gained"] + comparison["lost"]
-    assert json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")) == [
-        f"{min(20, changed)}/{changed}", "20/60", "40/60", "0/0", "1/1",
-        2, rows_of("sft")[17]["completion"], 0, "fits",
-    ]  # fmt: skip
-    assert "CONSOLE" not in done.stderr
+
+    def choose(field: str, value: str) -> Any:
+        page.run(f"at({field!r}).value = {value!r}; at('filters').dispatchEvent(new Event('input'))")
+        return page.run(COUNT)
+
+    assert page.run(COUNT) == [min(20, changed), changed]
+    assert choose("show", "gained")[1] == comparison["gained"]
+    assert choose("show", "lost")[1] == comparison["lost"]
+    assert choose("show", "all") == [20, 60]
+    page.run("at('more').click()")
+    assert page.run(COUNT) == [40, 60]
+    assert choose("search", "zoë pears") == [0, 0]
+    assert choose("search", "zoë APPLES platinum-00017") == [1, 1]
+    page.run("at('list').firstChild.open = true")
+    page.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)))")
+    texts = page.run("[...at('list').querySelectorAll('pre')].map(pre => pre.textContent)")
+    assert texts == [rows_of(name)[17]["completion"] for name in ("sft", "dpo")]
+    tops = page.run("[...at('list').querySelectorAll('pre')].map(pre => pre.getBoundingClientRect().top)")
+    assert (tops[0] == tops[1]) == (width == 1280)
+    marked = page.run("[...at('list').querySelectorAll('mark')].map(mark => mark.textContent)")
+    assert any("sft" in words for words in marked) and any("dpo" in words for words in marked)
+    assert page.run("at('list').querySelectorAll('img').length") == 0
+    assert page.run(WIDE) <= 0
+    colours = page.run(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert (
+        sum(map(int, re.findall(r"\d+", colours[0]))) > sum(map(int, re.findall(r"\d+", colours[1])))
+    ) == dark
+    assert set(page.requests()) <= {address, "data:,"}
+    assert page.complaints() == []
+
+
+def test_page_by_keyboard(workplace: Path, browser: Browser) -> None:
+    """Tab reaches the search field; typing searches; the next Tab and Enter open the question found."""
+    add_everything(workplace)
+    report.main()
+    page = browser.open((workplace / "report.html").as_uri())
+    for _ in range(30):
+        page.press("Tab", 9)
+        if page.run("document.activeElement.id") == "show":
+            break
+    page.press("End", 35)
+    assert page.run("at('show').value") == "all"
+    page.press("Tab", 9)
+    assert page.run("document.activeElement.id") == "search"
+    assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.type("platinum-00042")
+    assert page.run(COUNT) == [1, 1]
+    page.press("Tab", 9)
+    assert page.run("document.activeElement.tagName") == "SUMMARY"
+    page.press("Enter", 13, "\r")
+    page.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)))")
+    assert page.run("at('list').firstChild.open") is True
+    assert page.run("at('list').querySelectorAll('pre').length") == 2
+    assert page.complaints() == []
 
 
 # --- charts

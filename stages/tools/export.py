@@ -32,11 +32,7 @@ from stages.core.launch import fix_arithmetic
 from stages.core.params import Evaluate, Params, Prompt, load_params
 from stages.core.paths import ADAPTERS, BASE
 from stages.core.prompts import prompt_ids, prompt_text
-from stages.core.records import Fields, atomic_write, read_json, read_jsonl, sha256_file, write_json
-from stages.core.stage import MANIFEST, atomic_folder
-from stages.core.table import POLICIES, samples_of
-from stages.tools.ask import check_policy
-from stages.tools.provenance import (
+from stages.core.provenance import (
     AS_RECORDED,
     MADE_BY,
     PLATINUM_EVAL,
@@ -47,6 +43,10 @@ from stages.tools.provenance import (
     broken,
     settings,
 )
+from stages.core.records import Fields, atomic_write, read_json, read_jsonl, sha256_file, write_json
+from stages.core.stage import MANIFEST, atomic_folder
+from stages.core.table import POLICIES, samples_of
+from stages.tools.ask import check_policy
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -23,9 +23,7 @@ from pydantic import ValidationError
 
 from stages.core.errors import UserError
 from stages.core.paths import BASE, SFT_ADAPTER
-from stages.core.records import Fields, read_jsonl
-from stages.engine.base import request_seed
-from stages.tools.provenance import (
+from stages.core.provenance import (
     AS_RECORDED,
     DIFFERS,
     MADE_BY,
@@ -42,6 +40,8 @@ from stages.tools.provenance import (
     broken,
     settings,
 )
+from stages.core.records import Fields, read_jsonl
+from stages.engine.base import request_seed
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -19,11 +19,11 @@ import pytest
 from rich.console import Console
 
 from stages.core.errors import UserError
+from stages.core.provenance import ALIKE, AS_RECORDED, DIFFERS, MADE_BY, UNCHECKED, UNLIKE
 from stages.core.records import write_jsonl
 from stages.core.stage import manifest_path, write_manifest
 from stages.engine.base import request_seed
 from stages.tools import trace
-from stages.tools.provenance import ALIKE, AS_RECORDED, DIFFERS, MADE_BY, UNCHECKED, UNLIKE
 
 PAIR = "q1/0>1"
 SEED = 3

@@ -109,7 +109,7 @@ class History:
     """
 
     def __init__(self) -> None:
-        self._lock = _read_lock()
+        self._lock = read_lock()
         self._hashes: dict[tuple[str, str], str | None] = {}
         self._manifests: dict[str, Manifest | None] = {}
 
@@ -243,7 +243,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise UserError(f"{path}: no manifest of this pipeline ({key} is wrong); run `dvc repro`") from None
 
 
-def _read_lock() -> dict[str, Any]:
+def read_lock() -> dict[str, Any]:
     """The stages in dvc.lock; none when there is no such file."""
     from ruamel.yaml import YAML, YAMLError
 
