@@ -1,23 +1,30 @@
-"""Copy one policy's metrics to `metrics/headline.json`, the fixed path that `dvc metrics diff` compares.
+"""Copy one policy's metrics to fixed paths, which `dvc metrics diff` and `dvc plots diff` compare.
 
-`headline.policy` says whose: two experiments that differ only there give SFT against DPO by DVC's command.
+`headline.policy` says whose: two experiments that differ only there give SFT against DPO by DVC's commands.
+metrics/headline.csv has the shares among the metrics, a line each, for one bar a policy:
+
+    metric,share
+    accuracy,0.7402812241521919
+    mean_at_8,0.46484698097601324
 """
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from stages.core.errors import UserError
 from stages.core.params import load_params
-from stages.core.records import read_json, write_json
+from stages.core.records import atomic_write, read_json, write_json
 from stages.core.stage import stage_run
 
 METRICS = Path("metrics/platinum")
 OUT = Path("metrics/headline.json")
+PLOT = Path("metrics/headline.csv")
 
 
-def main(metrics: Path = METRICS, out: Path = OUT) -> None:
-    """Copy `<metrics>/<headline.policy>.json` to `out`.
+def main(metrics: Path = METRICS, out: Path = OUT, plot: Path = PLOT) -> None:
+    """Copy `<metrics>/<headline.policy>.json` to `out`, and its shares to `plot`.
 
     Raises UserError when that policy was not evaluated, or its file is damaged or is not a policy's metrics.
     """
@@ -29,9 +36,15 @@ def main(metrics: Path = METRICS, out: Path = OUT) -> None:
             f"{source}: is missing, so headline.policy '{policy}' cannot be shown (evaluated: {there}); "
             f"run `dvc repro evaluate@{policy}`"
         )
-    with stage_run("headline", sections=("headline",), inputs=[source], outputs=[out]) as run:
+    with stage_run("headline", sections=("headline",), inputs=[source], outputs=[out, plot]) as run:
         values = read_json(source)
         if not isinstance(values, dict) or not isinstance(values.get("accuracy"), float):
             raise UserError(f"{source}: holds no 'accuracy'; run `dvc repro evaluate@{policy}`")
         write_json(out, values)
+        bounds = ("_low", "_high")
+        shares = [(key, value) for key, value in values.items() if not key.endswith(bounds)]
+        with atomic_write(plot) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["metric", "share"])
+            writer.writerows(shares)
         run.say(f"{policy}: {values['accuracy']:.1%} of the greedy answers are correct")

@@ -22,7 +22,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, name in enumerate(("base", "sft", "dpo")):
         path = tmp_path / "metrics" / "platinum" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"accuracy": 0.1 + number / 3, "questions": 9}))
+        path.write_text(json.dumps({"accuracy": 0.1 + number / 3, "accuracy_low": 0.05, "mean_at_8": 0.25}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -41,6 +41,8 @@ def test_headline_is_the_chosen_policys_metrics(workplace: Path, policy: str) ->
     headline.main()
     copied = json.loads((workplace / "metrics/headline.json").read_text())
     assert copied == json.loads((workplace / f"metrics/platinum/{policy}.json").read_text())
+    bars = (workplace / "metrics/headline.csv").read_text()
+    assert bars == f"metric,share\naccuracy,{copied['accuracy']}\nmean_at_8,0.25\n"
 
 
 def test_headline_names_a_policy_that_was_not_evaluated(workplace: Path) -> None:

@@ -268,6 +268,14 @@ def test_sft_and_dpo_are_compared_by_dvcs_own_command(copy_run: Callable[[], Pro
     diff = json.loads(shown.stdout)["metrics/headline.json"]["accuracy"]
     sft, dpo = (json.loads((project.root / f"metrics/platinum/{p}.json").read_text()) for p in ("sft", "dpo"))
     assert (diff["old"], diff["new"]) == (sft["accuracy"], dpo["accuracy"])
+    figures = json.loads(project.run("dvc", "plots", "diff", "--json", "sft", "dpo").stdout)["data"]
+    (figure,) = figures["The headline policy"]
+    assert set(figure["revisions"]) == {"sft", "dpo"}
+    points = figure["content"]["data"]["values"]
+    bars = [(bar["rev"], float(bar["share"])) for bar in points if bar["metric"] == "accuracy"]
+    assert sorted(bars) == [("dpo", dpo["accuracy"]), ("sft", sft["accuracy"])]
+    drawn = project.run("dvc", "plots", "diff", "sft", "dpo").stdout
+    assert (project.root / "dvc_plots/index.html").is_file(), drawn
 
 
 def test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone(copy_run: Callable[[], Project]) -> None:
