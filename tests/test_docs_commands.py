@@ -53,6 +53,7 @@ COVERED = (
     (r"dvc exp run -n (sft|dpo) -S headline\.policy=(sft|dpo)", COMPARED, "exp"),
     (r"dvc metrics diff sft dpo --targets metrics/headline\.json", COMPARED, "diff"),
     (r"dvc metrics diff", COMPARED, "diff"),
+    (r"dvc plots diff( sft dpo)?", COMPARED, "plots"),
     (r"git tag sft", PIPELINE + "test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone", "tag"),
     (r"git status", PIPELINE + "test_nothing_but_declared_outputs_was_written", "status"),
     (r"dvc gc --workspace", RUN, "dvc gc --workspace"),
