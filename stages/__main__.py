@@ -149,6 +149,18 @@ def results() -> None:
 
 
 @app.command(rich_help_panel=TOOLS)
+def plan(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages, as for `dvc repro`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what `dvc repro` would run, why, what may follow, and how long it took last time."""
+    _begin()
+    from stages.tools import plan as tool
+
+    tool.main(targets or [], as_json)
+
+
+@app.command(rich_help_panel=TOOLS)
 def runs(versions: Annotated[bool, typer.Option(help="Show package versions too.")] = False) -> None:
     """List the stages run on this machine: when, how long, how much memory."""
     prepare_process()

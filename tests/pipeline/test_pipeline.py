@@ -5,12 +5,14 @@ All on one small real run (conftest.py); how good the models get is no question 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
+REPO = Path(__file__).resolve().parents[2]
 POLICIES = ["base", "sft", "dpo"]
 NO_MODEL = ["prepare", "coherence", "preference", "headline", "report"]
 STAGES = [
@@ -375,9 +378,37 @@ def test_a_stage_without_a_model_imports_no_heavy_library(name: str, copy_run: C
 def test_nothing_tried_to_reach_the_network(small_run: Project) -> None:
     """Every process of the run had a guard that refuses and notes connections; and the guard works."""
     assert not (small_run.guard / "attempts").exists()
-    code = "import socket; socket.create_connection(('127.0.0.1', 9), timeout=1)"
-    done = small_run.run("python", "-c", code, check=False, NETWORK_ATTEMPTS=os.devnull)
-    assert "the tests run without a network" in done.stderr
+    for tried in ("create_connection(('127.0.0.1', 9), timeout=1)", "getaddrinfo('localhost', 80)"):
+        code = f"import socket; socket.{tried}"
+        done = small_run.run("python", "-c", code, check=False, NETWORK_ATTEMPTS=os.devnull)
+        assert "the tests run without a network" in done.stderr
+
+
+def test_the_whole_pipeline_ran_with_the_network_cut(small_run: Project, cut: list[str]) -> None:
+    """All its stages, in a network namespace: no interface is up, and not even this machine can be reached."""
+    if not cut:
+        pytest.skip("this machine does not let a user make a network namespace (unshare)")
+    assert len(list(manifests(small_run))) == 12
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reach = f"socket.create_connection({server.getsockname()!r}, timeout=5)"
+        up = "[name for _, name in socket.if_nameindex() if open(f'/sys/class/net/{name}/operstate').read() == 'up']"
+        code = f"import socket\ntry:\n    {reach}\n    print('reached')\nexcept OSError:\n    print('cut off', {up})"
+        here, there = (
+            subprocess.run([*before, sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            for before in ([], cut)
+        )
+    assert here.stdout == "reached\n"
+    assert there.stdout == "cut off []\n"
+
+
+def test_the_libraries_are_told_to_be_silent() -> None:
+    """What a stage's process sets before anything is imported: offline, and no figures sent to anybody."""
+    code = "from stages.core.launch import prepare_process; prepare_process(); import os; print(dict(os.environ))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
+    environment = ast.literal_eval(said.stdout)
+    switches = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"}
+    assert {name: environment.get(name) for name in switches} == dict.fromkeys(switches, "1")
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 @pytest.mark.parametrize("network", [False, True])

@@ -6,6 +6,7 @@ rule is also carried out, from the changed weight to the new page.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,7 +214,14 @@ def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(
     times = {name: (project.root / name).stat().st_mtime_ns for name in early}
     scored = (project.root / "data/regime_w_rollouts.jsonl").read_bytes()
     project.update("params.yaml", {"regime_w.weights": {"s_end": 0.1, "s_path": 0.1, "s_cf": 0.8}})
+    plan = json.loads(project.stages("plan", "--json").stdout)
     ran = project.repro()
+    (coherence,) = plan["will_run"]
+    keys = {reason["key"]: reason["new"] for reason in coherence["reasons"]}
+    assert coherence["stage"] == "coherence" and keys["regime_w.weights.s_cf"] == 0.8
+    assert coherence["last"]["seconds"] > 0
+    assert {one["stage"] for one in plan["may_follow"]} == set(AFTER_COHERENCE)
+    assert {"coherence"} <= set(ran) <= {"coherence", *(one["stage"] for one in plan["may_follow"])}
     assert ran[:3] == ["coherence", "preference", "dpo"]
     assert set(ran) <= {"coherence", *AFTER_COHERENCE}
     assert "report" in ran
