@@ -30,6 +30,7 @@ PROGRAMS = ("python", "pip", "dvc", "git", "make", "ray", "source .", "scripts/"
 
 RUN = "tests/pipeline/test_documented_commands.py::test_it_runs_as_written"
 PIPELINE = "tests/pipeline/test_pipeline.py::"
+RERUN = "tests/pipeline/test_rerun_rules.py::"
 HOST = "tests/scripts/test_host.py::"
 COMPARED = PIPELINE + "test_sft_and_dpo_are_compared_by_dvcs_own_command"
 STORED = "tests/pipeline/test_remotes.py::"
@@ -70,7 +71,7 @@ COVERED = (
      "tests/pipeline/test_export.py::test_a_pair_and_an_answer_are_traced_to_the_base", "trace"),
     (r"python -m stages prepare", "tests/pipeline/conftest.py::small_run", "repro"),
     (r"python -m stages plan( dpo)?",
-     "tests/pipeline/test_rerun_rules.py::test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before", "plan"),
+     RERUN + "test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before", "plan"),
     (r"python -m stages check", PIPELINE + "test_check_passes_and_shows_the_first_prompts", "check"),
     (r"python -m stages results", PIPELINE + "test_results_are_printed_as_a_table", "results"),
     (r"python -m stages evaluate sft", PIPELINE + "test_an_evaluation_run_again_gives_the_same_bytes", "evaluate"),
