@@ -257,7 +257,7 @@ def _plot(stem: str, table: list[dict[str, str]]) -> dict[str, Any]:
         )
     elif names and _is_numeric(table, names[0]) and "accuracy" in names:
         series = [("accuracy", _column(table, names[0]), _column(table, "accuracy"))]
-        chart = line_chart(f"Accuracy against {names[0].replace('_', ' ')}", names[0], series, markers=True)
+        chart = line_chart(f"Accuracy against {names[0]}", names[0], series, markers=True)
     return {
         "title": title,
         "chart": chart,
