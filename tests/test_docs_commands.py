@@ -212,7 +212,7 @@ def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
         shutil.copy2(REPO / name, tmp_path / name)
 
     def plan(*target: str) -> str:
-        command = ["make", "--dry-run", *target]
+        command = ["make", "--no-print-directory", "--dry-run", *target]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
     lines = plan().splitlines()
