@@ -122,14 +122,7 @@ def main() -> None:
     print(
         f"{where}; {versions}; policy {options.policy} in {precision}; {len(requests):,} requests of {limit} tokens\n"
     )
-    head = [
-        "engine",
-        "attention",
-        "greedy the same",
-        "drawn the same",
-        "log-prob. apart, a token",
-        "tokens/s",
-    ]
+    head = ["engine", "attention", "greedy the same", "drawn the same", "log-prob. apart, a token"]
     print_table(head, rows)
 
 

@@ -13,6 +13,7 @@ Each part runs in a process of its own, so that memory is its own and a failure 
 
 - rollouts, evaluation: `hardware.engine` (--engine) through stages.engine.choose, after a warm-up. When time runs
   out first, the rate is that of the completions after the first quarter of it.
+- rollouts by ...: the same by each other engine that is installed: is the one that `auto` takes the best?
 - plain: `model.generate`, 32 rows at a time in their own order, each batch going on until its longest answer is
   done; only tokens up to each row's limit count. A subset, scaled per token.
 - selection: the answers by which DPO chooses its step, by the engine that generates while a model is in training;
@@ -149,7 +150,7 @@ def main() -> None:
             raise SystemExit(
                 "bench/gpu.py: no NVIDIA GPU that torch can use; --small tries the bench on the CPU"
             )
-        parts = plan_parts(options.devices or chip["devices"], trials)
+        parts = plan_parts(options.devices or chip["devices"], chip["other engines"], trials)
         if unknown := [name for name in options.skip if name not in {part.name for part in parts}]:
             raise SystemExit(
                 f"--skip: there is no part {unknown[0]!r}; there are: {', '.join(part.name for part in parts)}"
@@ -180,8 +181,8 @@ def prepare_place(place: Path, small: bool, engine: str) -> Path:
     return place
 
 
-def plan_parts(devices: int, trials: Sequence[str]) -> list[Part]:
-    """The parts in the order they run; those on several devices last."""
+def plan_parts(devices: int, engines: Sequence[str], trials: Sequence[str]) -> list[Part]:
+    """The parts in the order they run, with the other `engines` and the trials; those on several devices last."""
     parts = [
         Part("rollouts", "generate", {"requests": "rollouts"}, 2.2),
         Part("evaluation", "generate", {"requests": "evaluation"}),
@@ -191,6 +192,9 @@ def plan_parts(devices: int, trials: Sequence[str]) -> list[Part]:
         Part("sft by TRL", "train", {"phase": "sft", "defaults": True}),
         Part("dpo", "train", {"phase": "dpo"}),
         Part("dpo by TRL", "train", {"phase": "dpo", "defaults": True}),
+    ]
+    parts += [
+        Part(f"rollouts by {one}", "generate", {"requests": "rollouts", "engine": one}) for one in engines
     ]
     for name in trials:
         trial = TRIALS[name]
@@ -301,6 +305,8 @@ def table(
         phase, comma, _ = name.partition(", ")
         if comma:
             rows.append(row(name, "rate", result, ours[phase]))
+        elif name.startswith("rollouts by "):
+            rows.append(row(f"{name} (otherwise: ours)", "rate", result, ours["rollouts"]))
         elif " on " in name:
             one = ours[name.partition(" on ")[0]]
             rows.append(row(f"{name} devices (otherwise: on 1)", "rate", result, one))
@@ -394,9 +400,14 @@ def memory_used() -> dict[str, int]:
 
 
 def measure_matmul(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
-    """The chip, its number, and FLOPs a second in the fastest of five runs of large products."""
+    """The chip, its number, FLOPs a second in the fastest of five runs of large products; engines not taken."""
     import torch
 
+    from stages.engine.choose import engine_kind, engine_kinds
+
+    asked = run.params.hardware.engine
+    own = engine_kind(run.params.hardware) if asked == "auto" else asked
+    others = [kind for kind in engine_kinds() if kind != own]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size, times, kind = (8192, 100, torch.bfloat16) if device == "cuda" else (512, 20, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
@@ -412,7 +423,8 @@ def measure_matmul(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
     devices = torch.cuda.device_count()
     name = f"{devices} × {torch.cuda.get_device_name()}" if devices else "CPU, one thread"
     rate = 2 * size**3 / best
-    return {"chip": name, "devices": devices, "rate": rate, "size": size, "type": str(kind)[6:]}
+    found = {"chip": name, "devices": devices, "rate": rate, "size": size, "type": str(kind)[6:]}
+    return {**found, "other engines": others}
 
 
 def synchronize() -> None:

@@ -178,8 +178,8 @@ def grade(
         str, typer.Option(help="Field of the text to grade; dots lead inside.")
     ] = "completion",
     gold: Annotated[str, typer.Option(help="Field of the right answer.")] = "gold",
-    question: Annotated[str | None, typer.Option(help="Field of the question. [default: question]")] = None,
-    id: Annotated[str | None, typer.Option(help="Field of the question's id. [default: id]")] = None,
+    question: Annotated[str | None, typer.Option(help=r"Field of the question. \[default: question]")] = None,
+    id: Annotated[str | None, typer.Option(help=r"Field of the question's id. \[default: id]")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the graded log goes.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
@@ -218,7 +218,7 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 is greedy: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn above temperature 0.")] = 0,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Where it is cut. [default: the evaluation's]")
+        int | None, typer.Option(help=r"Where it is cut. \[default: the evaluation's]")
     ] = None,
 ) -> None:
     """Put a question to a policy, and see its solution as it is written."""
@@ -235,7 +235,7 @@ def explain(
         "data/regime_w_rollouts.jsonl"
     ),
     pairs: Annotated[
-        Path | None, typer.Option(help="Pairs [default: data/coherence_preferences.jsonl]")
+        Path | None, typer.Option(help=r"Pairs. \[default: data/coherence_preferences.jsonl]")
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Show the texts too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
@@ -271,7 +271,8 @@ def suspects(
     ),
     limit: Annotated[int, typer.Option(min=1, help="How many questions to show.")] = 20,
     from_: Annotated[
-        float | None, typer.Option("--from", min=0, max=1, help="Threshold [default: regime_w.suspect_from]")
+        float | None,
+        typer.Option("--from", min=0, max=1, help=r"Threshold. \[default: regime_w.suspect_from]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
 ) -> None:

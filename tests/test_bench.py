@@ -23,6 +23,8 @@ PARTS = [
     "sft by TRL",
     "dpo",
     "dpo by TRL",
+    "rollouts by transformers",
+    "rollouts by continuous",
 ]  # left out below: seconds each
 
 

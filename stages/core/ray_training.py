@@ -35,6 +35,8 @@ def train_on_ray(entry: str, run: StageRun, batch: int, limit: int | None) -> bo
 
     Raises UserError when the cluster cannot be used, or when training ends again and again without getting on.
     """
+    from rich.markup import escape
+
     from stages.core.training import newest_checkpoint, step_of
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # a large model's host may be slow
@@ -57,7 +59,7 @@ def train_on_ray(entry: str, run: StageRun, batch: int, limit: int | None) -> bo
                     f"{run.name}: training on the Ray cluster ended {failures} times without a new checkpoint (the "
                     f"last: {error}). Run the same command again: it goes on from step {step}"
                 )
-            run.say(f"a worker is gone ({error}); going on from step {step}")
+            run.say(f"a worker is gone ({escape(error)}); going on from step {step}")
 
 
 def _choose_workers(ray: Any, run: StageRun, batch: int) -> tuple[int, dict[str, float]]:

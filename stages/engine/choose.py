@@ -14,6 +14,9 @@ from stages.core.errors import UserError
 from stages.core.params import Hardware
 from stages.engine.base import Engine, end_ids
 
+# Where a flash-attention kernel can come from: its own packages, or the package that finds one in the hub's cache.
+FLASH = ("flash_attn", "flash_attn_interface", "kernels")
+
 
 @contextlib.contextmanager
 def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
@@ -64,10 +67,14 @@ def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
 
 
 def engine_kind(hardware: Hardware) -> str:
-    """`transformers`, `continuous` or `vllm`: what the profile asks for, or the best one there is."""
+    """`transformers`, `continuous` or `vllm`: what the profile asks for, or the best one there is.
+
+    Without flash attention, continuous batching has every row look at the keys of all rows and mask the others', so
+    its attention costs the square of the rows: then plain batches are taken.
+    """
     import torch
 
-    have_vllm = importlib.util.find_spec("vllm") is not None
+    have_vllm = "vllm" in engine_kinds()
     if hardware.engine == "vllm" and not have_vllm:
         raise UserError(
             "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
@@ -76,4 +83,15 @@ def engine_kind(hardware: Hardware) -> str:
         return hardware.engine
     if not torch.cuda.is_available():
         return "transformers"
-    return "vllm" if have_vllm else "continuous"
+    if have_vllm:
+        return "vllm"
+    return "continuous" if any(map(_installed, FLASH)) else "transformers"
+
+
+def engine_kinds() -> list[str]:
+    """Every kind that is installed."""
+    return ["transformers", "continuous", *(["vllm"] if _installed("vllm") else [])]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -37,7 +37,8 @@ class ContinuousEngine:
     """Completes requests with `model` (a transformers or PEFT causal model; an adapter stays unmerged).
 
     After the first completion, `kernel` names the attention in use. Without flash attention this engine is several
-    times slower on a GPU. Raises RuntimeError when a request comes back failed or not at all.
+    times slower on a GPU, and `auto` takes another one. Raises RuntimeError when a request comes back failed or not
+    at all.
     """
 
     def __init__(self, model: Any, end_ids: Sequence[int], pad_id: int) -> None:
@@ -176,11 +177,7 @@ class ContinuousEngine:
         if self.kernel is None:
             self.kernel = self.model.config._attn_implementation
             if self.on_gpu:
-                slow = (
-                    ""
-                    if "flash" in self.kernel
-                    else "; with flash attention it would be several times faster"
-                )
+                slow = "" if "flash" in self.kernel else "; hardware.engine: transformers may well be faster"
                 print(f"generation: continuous batching, attention {self.kernel}{slow}", file=sys.stderr)
         _choose_tokens(manager, requests, open_requests)
         return manager

@@ -7,8 +7,10 @@
         work.finish(piece)           # or work.lost(piece, "signal 9") when its worker is gone
 
 A worker that dies costs its piece only: it goes to another one. A slow or hanging worker costs no more: once
-nothing is waiting, an idle worker begins its piece as well, and whoever is first counts. The pieces are those a
-single process makes, so the completions are the same whoever computes them.
+nothing is waiting, an idle worker begins its piece as well, and whoever is first counts.
+
+With `hardware.generation_batch` set, the pieces are a single process's batches: the completions are the same, to the
+byte, whoever computes them. With `auto` each engine divides its piece by its own memory, and rounding may differ.
 """
 
 from __future__ import annotations

@@ -217,5 +217,6 @@ def _last_line(error: Exception) -> str:
 
 def _say(message: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
-    Console(stderr=True, soft_wrap=True).print(f"[bold]ray[/bold]  {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold]ray[/bold]  {escape(message)}", highlight=False)

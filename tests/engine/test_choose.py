@@ -24,19 +24,22 @@ def hardware(**values: Any) -> Hardware:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "vllm", "kind"),
+    ("gpu", "installed", "kind"),
     [
-        (False, False, "transformers"),
-        (False, True, "transformers"),
-        (True, False, "continuous"),
-        (True, True, "vllm"),
+        (False, [], "transformers"),
+        (False, ["vllm", "flash_attn"], "transformers"),
+        (True, [], "transformers"),
+        (True, ["flash_attn"], "continuous"),
+        (True, ["kernels"], "continuous"),
+        (True, ["vllm"], "vllm"),
+        (True, ["vllm", "flash_attn_interface"], "vllm"),
     ],
 )
 def test_auto_takes_the_best_there_is(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, vllm: bool, kind: str
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: list[str], kind: str
 ) -> None:
-    spec = importlib.machinery.ModuleSpec("vllm", None) if vllm else None
-    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: spec)
+    specs = {name: importlib.machinery.ModuleSpec(name, None) for name in installed}
+    monkeypatch.setattr(choose.importlib.util, "find_spec", specs.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     assert choose.engine_kind(hardware(engine="auto")) == kind
 
