@@ -14,9 +14,6 @@ from stages.core.errors import UserError
 from stages.core.params import Hardware
 from stages.engine.base import Engine, end_ids
 
-# Where a flash-attention kernel can come from: its own packages, or the package that finds one in the hub's cache.
-FLASH = ("flash_attn", "flash_attn_interface", "kernels")
-
 
 @contextlib.contextmanager
 def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
@@ -55,7 +52,7 @@ def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
 def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
     """An engine around a model in memory; it stops at every end token the model declares."""
     ends = end_ids(tokenizer, model.generation_config)
-    if engine_kind(hardware) == "transformers" or model.training:
+    if engine_kind(hardware, half=model.dtype.itemsize == 2) == "transformers" or model.training:
         from stages.core.memory import generation_batch
         from stages.engine.transformers_engine import TransformersEngine
 
@@ -66,11 +63,12 @@ def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
     return ContinuousEngine(model, ends, tokenizer.pad_token_id)
 
 
-def engine_kind(hardware: Hardware) -> str:
+def engine_kind(hardware: Hardware, half: bool = True) -> str:
     """`transformers`, `continuous` or `vllm`: what the profile asks for, or the best one there is.
 
     Without flash attention, continuous batching has every row look at the keys of all rows and mask the others', so
-    its attention costs the square of the rows: then plain batches are taken.
+    its attention costs the square of the rows: then plain batches are taken. So they are when the model is not in
+    `half` precision, the only one flash attention computes in.
     """
     import torch
 
@@ -85,13 +83,19 @@ def engine_kind(hardware: Hardware) -> str:
         return "transformers"
     if have_vllm:
         return "vllm"
-    return "continuous" if any(map(_installed, FLASH)) else "transformers"
+    return "continuous" if half and _can_flash() else "transformers"
 
 
 def engine_kinds() -> list[str]:
     """Every kind that is installed."""
-    return ["transformers", "continuous", *(["vllm"] if _installed("vllm") else [])]
+    return ["transformers", "continuous", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def _can_flash() -> bool:
+    """Whether one of the kernels that continuous batching asks transformers for is there and loads."""
+    from transformers import utils
+
+    return any(
+        found(kernels_fallback_ok=True)
+        for found in (utils.is_flash_attn_3_available, utils.is_flash_attn_2_available)
+    )

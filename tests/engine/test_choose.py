@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from stages.core.errors import UserError
 from stages.core.params import Hardware, load_params
@@ -24,24 +25,45 @@ def hardware(**values: Any) -> Hardware:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "installed", "kind"),
+    ("gpu", "vllm", "flash", "half", "kind"),
     [
-        (False, [], "transformers"),
-        (False, ["vllm", "flash_attn"], "transformers"),
-        (True, [], "transformers"),
-        (True, ["flash_attn"], "continuous"),
-        (True, ["kernels"], "continuous"),
-        (True, ["vllm"], "vllm"),
-        (True, ["vllm", "flash_attn_interface"], "vllm"),
+        (False, False, None, True, "transformers"),
+        (False, True, 2, True, "transformers"),
+        (True, False, None, True, "transformers"),
+        (True, False, 2, True, "continuous"),
+        (True, False, 3, True, "continuous"),
+        (True, False, 3, False, "transformers"),
+        (True, True, None, True, "vllm"),
+        (True, True, 3, False, "vllm"),
     ],
 )
 def test_auto_takes_the_best_there_is(
-    monkeypatch: pytest.MonkeyPatch, gpu: bool, installed: list[str], kind: str
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, vllm: bool, flash: int | None, half: bool, kind: str
 ) -> None:
-    specs = {name: importlib.machinery.ModuleSpec(name, None) for name in installed}
+    specs = {"vllm": importlib.machinery.ModuleSpec("vllm", None)} if vllm else {}
     monkeypatch.setattr(choose.importlib.util, "find_spec", specs.get)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert choose.engine_kind(hardware(engine="auto")) == kind
+    for version in (2, 3):
+        found = flash == version
+        name = f"is_flash_attn_{version}_available"
+        monkeypatch.setattr(transformers.utils, name, lambda kernels_fallback_ok, found=found: found)
+    assert choose.engine_kind(hardware(engine="auto"), half) == kind
+
+
+@pytest.mark.parametrize(
+    ("dtype", "made"), [(torch.float32, "TransformersEngine"), (torch.bfloat16, "ContinuousEngine")]
+)
+def test_a_model_in_full_precision_gets_plain_batches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, made: str
+) -> None:
+    """Flash attention is there, but computes in half precision only."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choose, "_can_flash", lambda: True)
+    monkeypatch.setattr(choose, "engine_kinds", lambda: ["transformers", "continuous"])
+    ends = SimpleNamespace(eos_token_id=2)
+    model = SimpleNamespace(dtype=dtype, training=False, generation_config=ends, device=torch.device("cpu"))
+    tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
+    assert type(choose.make_engine(model, tokenizer, hardware(engine="auto"))).__name__ == made
 
 
 def test_an_engine_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,11 +74,7 @@ socket.socket.connect_ex = guarded(socket.socket.connect_ex)
 
 # Puts before a command what gives it a network namespace of its own, whose only interface, `lo`, is down.
 CUT = ["unshare", "--map-root-user", "--net"]
-if (
-    subprocess.run([*CUT, "true"], capture_output=True, check=False).returncode
-    if shutil.which(CUT[0])
-    else True
-):
+if not shutil.which(CUT[0]) or subprocess.run([*CUT, "true"], capture_output=True, check=False).returncode:
     CUT = []
 
 
