@@ -30,6 +30,7 @@ from stages.core.prompts import completion_ids, prompt_ids
 from stages.core.records import atomic_write, read_json, read_jsonl, write_json
 from stages.core.stage import StageRun, atomic_folder, stage_run
 from stages.core.training import (
+    InputsAsTheyAre,
     Progress,
     assert_trainable,
     newest_checkpoint,
@@ -57,7 +58,7 @@ COLUMNS = {
 }
 
 
-class PairTrainer(DPOTrainer):
+class PairTrainer(InputsAsTheyAre, DPOTrainer):
     """TRL's trainer on pairs that are already tokens, so that training and generation share the border."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:

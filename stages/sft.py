@@ -10,6 +10,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
 from stages.core.errors import UserError
 from stages.core.launch import fix_arithmetic
 from stages.core.paths import BASE, SFT_ADAPTER
@@ -19,6 +23,7 @@ from stages.core.prompts import completion_ids, completion_text, prompt_ids
 from stages.core.records import read_jsonl
 from stages.core.stage import StageRun, atomic_folder, stage_run
 from stages.core.training import (
+    InputsAsTheyAre,
     Progress,
     assert_trainable,
     newest_checkpoint,
@@ -33,6 +38,10 @@ TRAIN = Path("data/gsm8k/train.jsonl")
 CURVE = Path("metrics/curves/sft.csv")
 
 
+class RowTrainer(InputsAsTheyAre, SFTTrainer):
+    """TRL's trainer on rows that are already tokens."""
+
+
 def main() -> None:
     """Train the SFT adapter from the base model and the training problems."""
     with stage_run(
@@ -43,10 +52,6 @@ def main() -> None:
 
 def train(run: StageRun) -> None:
     """Train in this process, alone or as one of several; the first one writes the outputs."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
-
     spec, seed = run.params.sft, run.params.seed
     fix_arithmetic(run.params.hardware.threads, seed)
 
@@ -72,7 +77,7 @@ def train(run: StageRun) -> None:
     lengths = [len(row["input_ids"]) for row in rows]
     arguments = trainer_arguments(spec, run, model, max(lengths))
     with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
-        trainer = SFTTrainer(
+        trainer = RowTrainer(
             model=model,
             args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=training_set(rows, lengths, spec, run, arguments),

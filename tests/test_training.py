@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
 from stages import dpo, sft
 from stages.core.errors import UserError
@@ -35,6 +35,7 @@ from stages.core.policy import (
 from stages.core.prompts import completion_ids, prompt_ids
 from stages.core.training import (
     COMPLETE,
+    InputsAsTheyAre,
     assert_trainable,
     newest_checkpoint,
     total_steps,
@@ -152,19 +153,24 @@ def fresh_adapter(base_folder: Path) -> tuple[Any, Any]:
     return get_peft_model(model, lora), tokenizer
 
 
-def train_sft(project: SimpleNamespace, base_folder: Path) -> Any:
-    """The model after one epoch of SFT, with its adapter."""
+def sft_trainer(project: SimpleNamespace, base_folder: Path) -> Any:
+    """The trainer of the SFT stage on the project's problems."""
     model, tokenizer = fresh_adapter(base_folder)
     rows, _ = sft.build_rows(project, tokenizer)
     arguments = trainer_arguments(SFT, project, model, 64) | {"save_strategy": "no"}
-    trainer = SFTTrainer(
+    return sft.RowTrainer(
         model=model,
         args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
+
+
+def train_sft(project: SimpleNamespace, base_folder: Path) -> Any:
+    """The model after one epoch of SFT, with its adapter."""
+    trainer = sft_trainer(project, base_folder)
     trainer.train()
-    return model
+    return trainer.model
 
 
 @pytest.fixture
@@ -402,7 +408,7 @@ def test_the_trainer_takes_the_rows_in_that_order(project: SimpleNamespace, base
         arguments = trainer_arguments(SFT, project, model, max(lengths)) | {"save_strategy": "no"}
         data = training_set(rows, lengths, SFT, project, arguments)
         config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer = sft.RowTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
         at_once = arguments["per_device_train_batch_size"]
         seen = [
             batch["input_ids"].ne(tokenizer.pad_token_id).sum(1).tolist()
@@ -414,6 +420,45 @@ def test_the_trainer_takes_the_rows_in_that_order(project: SimpleNamespace, base
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(losses[0]) == total_steps(len(rows), SFT) > 1
+
+
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_inputs_as_they_are_change_no_number(
+    project: SimpleNamespace,
+    base_folder: Path,
+    sft_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+) -> None:
+    """In training, bf16 goes into the adapter's layers, not 32 bits; what is learned is the same to the last bit."""
+    half = tmp_path / "half"
+    model, tokenizer = load_base(base_folder)
+    model.to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    given: list[set[torch.dtype]] = []
+    learned = []
+    for way in ("as they are", "as PEFT does"):
+        if way == "as PEFT does":
+            monkeypatch.delattr(InputsAsTheyAre, "training_step")
+        trainer = sft_trainer(project, half) if phase == "sft" else dpo_trainer(project, half, sft_adapter)[0]
+        assert trainer.args.bf16
+        seen: set[torch.dtype] = set()
+        given.append(seen)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # a CPU draws other numbers in another precision
+            if isinstance(module, LoraLayer):
+                module.lora_A["default"].register_forward_pre_hook(
+                    lambda layer, inputs, seen=seen: seen.add(inputs[0].dtype)
+                )
+        trainer.train()
+        learned.append(adapter_weights(trainer.model))
+        with torch.no_grad():  # afterwards, and without autocast, the model is as usable as before
+            trainer.model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert given == [{torch.bfloat16, torch.float32}, {torch.float32}]  # 32 bits are of the call afterwards
+    assert learned[0].keys() == learned[1].keys()
+    assert all(torch.equal(weight, learned[1][name]) for name, weight in learned[0].items())
 
 
 # ---- What DPO starts at --------------------------------------------------------------------------------

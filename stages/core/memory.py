@@ -180,9 +180,9 @@ def block_bytes(shape: Shape, rank: int, tokens: int, dropout: bool, cuda: bool)
 
     The frozen linear layers keep nothing. For every token are kept:
     - two norms: their input in 32 bits and its inverse root;
-    - each linear layer's LoRA: its own copy of the input (after dropout; cast down under mixed precision), `rank`
-      numbers between A and B, and dropout's mask: a byte a number on CUDA, 4 on a CPU. Without dropout, in 32-bit
-      precision, q, k and v share their input, so do gate and up, and o's is the attention's output;
+    - each linear layer's LoRA: `rank` numbers between A and B, and its input. After dropout that is a copy of its own,
+      with dropout's mask: a byte a number on CUDA, as much again on a CPU. Without dropout q, k and v share their
+      input, so do gate and up, and o's is the attention's output;
     - attention: queries, keys and values (as many heads as the queries have, where rows are padded), the output and
       a 32-bit sum for each head; in a padded batch also a row of the mask, one number a token;
     - SwiGLU: gate, its activation, and up.
@@ -190,12 +190,7 @@ def block_bytes(shape: Shape, rank: int, tokens: int, dropout: bool, cuda: bool)
     h, q, f, width = shape.hidden, shape.queries, shape.ffn, shape.width
     inputs = sum(size for size, _ in shape.linears())
     norms = 2 * (h + 1) * 4
-    if dropout:
-        lora = inputs * (width + (1 if cuda else 4))
-    elif width < 4:
-        lora = inputs * width
-    else:
-        lora = (2 * h + f) * width
+    lora = inputs * (width + (1 if cuda else width)) if dropout else (2 * h + f) * width
     between = len(shape.linears()) * rank * width
     attention = 4 * q * width + 4 * shape.heads + tokens * width
     return tokens * (norms + lora + between + attention + 3 * f * width)

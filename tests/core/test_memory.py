@@ -13,11 +13,12 @@ import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
 from stages.core import memory
 from stages.core.errors import UserError
@@ -26,6 +27,7 @@ from stages.core.params import Dpo, Hardware, Lora, Sft
 from stages.dpo import PairTrainer
 from stages.engine.base import Request
 from stages.engine.transformers_engine import TransformersEngine
+from stages.sft import RowTrainer
 
 # hidden, layers, heads, kv heads, ffn, vocab, LoRA rank, rows, tokens
 SHAPES = [
@@ -130,7 +132,7 @@ def training_peak(
             texts = [draw(vocab, tokens - 10 * (row % 2)) for row in range(2 * rows)]  # padded batches
             data = [{"input_ids": text, "labels": [-100] * half + text[half:]} for text in texts]
             arguments = SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
-            trainer: Any = SFTTrainer
+            trainer: Any = RowTrainer
         else:
             data = [
                 {
@@ -196,7 +198,8 @@ def test_a_block_keeps_what_is_said(sizes: tuple[int, ...], dtype: torch.dtype, 
     mask = torch.ones_like(ids)
     mask[0, :10] = 0
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    as_they_are = disable_input_dtype_casting(model, active=dtype == torch.bfloat16)  # as in training
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast, as_they_are:
         model.base_model.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     counted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     shape = shape_of(model)

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, SFTConfig, SFTTrainer
+from trl import DPOConfig, SFTConfig
 
 from stages.core.params import Dpo, Hardware, Lora, Sft
 from stages.core.policy import adapter_weights
@@ -26,6 +26,7 @@ from stages.core.training import trainer_arguments
 from stages.dpo import PairTrainer
 from stages.engine.base import Completion, Request, request_seed
 from stages.engine.choose import make_engine
+from stages.sft import RowTrainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -166,7 +167,7 @@ def trained(policy: Any, tokenizer: Any, tmp_path: Path) -> Callable[[str], tupl
         common = {"model": policy, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
         if phase == "sft":
             config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-            trainer: Any = SFTTrainer(args=config, **common)
+            trainer: Any = RowTrainer(args=config, **common)
         else:
             trainer = PairTrainer(args=DPOConfig(**arguments, beta=0.1), **common)
         trainer.train()
