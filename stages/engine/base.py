@@ -44,6 +44,10 @@ def plan(requests: Iterable[Request], size: int) -> list[list[Request]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+class EngineStartError(RuntimeError):
+    """An engine could not start. It ends a stage that has no other; among several, it costs one worker."""
+
+
 class Engine(Protocol):
     """Something that can complete requests with one policy."""
 

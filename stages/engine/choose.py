@@ -12,7 +12,7 @@ from typing import Any
 from stages.core.devices import host_processes, launcher
 from stages.core.errors import UserError
 from stages.core.params import Hardware
-from stages.engine.base import Engine, end_ids
+from stages.engine.base import Engine, EngineStartError, end_ids
 
 
 @contextlib.contextmanager
@@ -20,7 +20,8 @@ def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
     """An engine for the base model with `adapter` (or none), on every device there is; closed in the end.
 
     With one device it runs in this process, with several in a process for each, under the ray launcher on the
-    hosts of the cluster. Raises UserError when the profile asks for an engine that this machine has not.
+    hosts of the cluster. Raises UserError when the profile asks for an engine that this machine has not, or when it
+    cannot start.
     """
     if launcher() == "ray":
         from stages.engine.ray_engine import RayEngine
@@ -33,11 +34,17 @@ def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
         with WorkersEngine(adapter, hardware, count) as workers:
             yield workers
     else:
-        yield load_engine(adapter, hardware)
+        try:
+            engine = load_engine(adapter, hardware)
+        except EngineStartError as error:
+            raise UserError(f"generation: {error}") from error
+        yield engine
 
 
 def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
-    """An engine in this process, on its own device, with its own copy of the model."""
+    """An engine in this process, on its own device, with its own copy of the model; or EngineStartError."""
+    import torch
+
     kind = engine_kind(hardware)
     if kind == "vllm":
         from stages.engine.vllm_engine import VllmEngine
@@ -45,14 +52,20 @@ def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
         return VllmEngine(adapter)
     from stages.core.policy import load_policy
 
-    model, tokenizer = load_policy(adapter)
+    try:
+        model, tokenizer = load_policy(adapter)
+    except torch.OutOfMemoryError:
+        raise EngineStartError(
+            "the model does not fit into memory; `python -m stages check` says more"
+        ) from None
     return make_engine(model, tokenizer, hardware)
 
 
 def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
     """An engine around a model in memory; it stops at every end token the model declares."""
     ends = end_ids(tokenizer, model.generation_config)
-    if engine_kind(hardware, half=model.dtype.itemsize == 2) == "transformers" or model.training:
+    kind = engine_kind(hardware, half=model.dtype.itemsize == 2, loaded=True)
+    if kind == "transformers" or model.training:
         from stages.core.memory import generation_batch
         from stages.engine.transformers_engine import TransformersEngine
 
@@ -63,12 +76,13 @@ def make_engine(model: Any, tokenizer: Any, hardware: Hardware) -> Engine:
     return ContinuousEngine(model, ends, tokenizer.pad_token_id)
 
 
-def engine_kind(hardware: Hardware, half: bool = True) -> str:
+def engine_kind(hardware: Hardware, half: bool = True, loaded: bool = False) -> str:
     """`transformers`, `continuous` or `vllm`: what the profile asks for, or the best one there is.
 
     Without flash attention, continuous batching has every row look at the keys of all rows and mask the others', so
     its attention costs the square of the rows: then plain batches are taken. So they are when the model is not in
-    `half` precision, the only one flash attention computes in.
+    `half` precision, the only one flash attention computes in. vLLM loads the model by itself: where one is `loaded`
+    already, the better of the other two takes its place.
     """
     import torch
 
@@ -77,11 +91,11 @@ def engine_kind(hardware: Hardware, half: bool = True) -> str:
         raise UserError(
             "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
         )
-    if hardware.engine != "auto":
+    if hardware.engine not in ("auto", "vllm") or (hardware.engine == "vllm" and not loaded):
         return hardware.engine
     if not torch.cuda.is_available():
         return "transformers"
-    if have_vllm:
+    if have_vllm and not loaded:
         return "vllm"
     return "continuous" if half and _can_flash() else "transformers"
 

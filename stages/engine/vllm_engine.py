@@ -15,7 +15,7 @@ from typing import Any
 from stages.core.errors import UserError
 from stages.core.paths import BASE
 from stages.core.policy import ADAPTER_CONFIG, load_tokenizer
-from stages.engine.base import Completion, Request, end_ids
+from stages.engine.base import Completion, EngineStartError, Request, end_ids
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes vLLM reserves room for
 AHEAD = 4096  # requests handed over ahead, so that a million of them need no memory
@@ -31,31 +31,45 @@ SETTINGS = {
 class VllmEngine:
     """Completes requests with the model of a checkpoint folder and `adapter` (or none).
 
-    Every request has its own seed. The engine's failures are raised as they are, and end its use: vLLM cannot go
-    on after one, so the process has to be replaced. RuntimeError when a request is lost.
+    Every request has its own seed. Raises EngineStartError when vLLM does not start. Later failures are raised as
+    they are, and end its use: vLLM cannot go on after one, so the process has to be replaced. RuntimeError when a
+    request is lost.
     """
 
     def __init__(self, adapter: Path | None, base: Path = BASE) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        from transformers import GenerationConfig
+        import torch
+        from transformers import AutoConfig, GenerationConfig
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
         generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
         self.end_ids = end_ids(load_tokenizer(base), generation_config)
-        lora: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if adapter is not None:
-            lora = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(adapter)}
+            more = {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(adapter)}
+        if not torch.cuda.is_available():  # its part for CPUs cannot read a seeded request's prompt in pieces
+            tokens = max(8192, config.max_position_embeddings)
+            more |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
         self.lora = LoRARequest(adapter.name, 1, str(adapter.resolve())) if adapter is not None else None
-        self.llm = LLM(
-            model=str(base),
-            dtype="auto",
-            seed=0,
-            generation_config="vllm",  # the requests say all there is to say, not the model's file
-            logprobs_mode="raw_logprobs",  # at temperature 1, before top_p
-            **lora,
-        )
+        try:
+            self.llm = LLM(
+                model=str(base),
+                dtype=config.dtype,  # "auto" would make 16 bits of 32
+                seed=0,
+                max_model_len=-1,  # the model's own, or what there is memory for
+                generation_config="vllm",  # the requests say all there is to say, not the model's file
+                logprobs_mode="raw_logprobs",  # at temperature 1, before top_p
+                use_tqdm_on_load=False,
+                **more,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise EngineStartError(
+                f"vLLM did not start ({reason}); see to that, or set hardware.engine to transformers"
+            ) from error
         self.dead = False
 
     def generate(

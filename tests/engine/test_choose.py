@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import torch
 import transformers
 
+from stages.core import policy
 from stages.core.errors import UserError
 from stages.core.params import Hardware, load_params
-from stages.engine import choose, workers
-from stages.engine.base import end_ids
+from stages.engine import choose, vllm_engine, workers
+from stages.engine.base import EngineStartError, end_ids
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
 
@@ -50,26 +52,60 @@ def test_auto_takes_the_best_there_is(
     assert choose.engine_kind(hardware(engine="auto"), half) == kind
 
 
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
 @pytest.mark.parametrize(
-    ("dtype", "made"), [(torch.float32, "TransformersEngine"), (torch.bfloat16, "ContinuousEngine")]
+    ("dtype", "flash", "made"),
+    [
+        (torch.float32, True, "TransformersEngine"),
+        (torch.bfloat16, True, "ContinuousEngine"),
+        (torch.bfloat16, False, "TransformersEngine"),
+    ],
 )
-def test_a_model_in_full_precision_gets_plain_batches(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, made: str
+def test_a_model_in_memory_gets_what_is_best_for_it(
+    monkeypatch: pytest.MonkeyPatch, engine: str, dtype: torch.dtype, flash: bool, made: str
 ) -> None:
-    """Flash attention is there, but computes in half precision only."""
+    """vLLM would load it once more; flash attention computes in half precision only."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(choose, "_can_flash", lambda: True)
-    monkeypatch.setattr(choose, "engine_kinds", lambda: ["transformers", "continuous"])
+    monkeypatch.setattr(choose, "_can_flash", lambda: flash)
+    monkeypatch.setattr(choose, "engine_kinds", lambda: ["transformers", "continuous", "vllm"])
     ends = SimpleNamespace(eos_token_id=2)
     model = SimpleNamespace(dtype=dtype, training=False, generation_config=ends, device=torch.device("cpu"))
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0)
-    assert type(choose.make_engine(model, tokenizer, hardware(engine="auto"))).__name__ == made
+    assert type(choose.make_engine(model, tokenizer, hardware(engine=engine))).__name__ == made
 
 
 def test_an_engine_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vllm is not installed; `pip install -r requirements-gpu\.txt`"):
         choose.engine_kind(hardware(engine="vllm"))
+
+
+@pytest.mark.parametrize("failure", ["memory", "vllm"])
+def test_an_engine_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    """In one line to the user; to others as an error of the process, which several can do without."""
+    monkeypatch.delenv("LOOPER_LAUNCHER", raising=False)
+    if failure == "memory":
+        wanted = "the model does not fit into memory; `python -m stages check` says more"
+
+        def load(_: Any) -> Any:
+            raise torch.OutOfMemoryError("simulated")
+
+        monkeypatch.setattr(policy, "load_policy", load)
+    else:
+        wanted = "vLLM did not start (no free memory); see to that"
+
+        def start(_: Any) -> Any:
+            raise EngineStartError("vLLM did not start (no free memory); see to that")
+
+        monkeypatch.setattr(choose, "engine_kind", lambda _: "vllm")
+        monkeypatch.setattr(vllm_engine, "VllmEngine", start)
+    with pytest.raises(EngineStartError, match=re.escape(wanted)):
+        choose.load_engine(None, hardware(engine="transformers", processes=1))
+    with (
+        pytest.raises(UserError, match=re.escape(f"generation: {wanted}")),
+        choose.open_engine(None, hardware(engine="transformers", processes=1)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ The tests that take `make` run against each engine this machine has. What only s
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,60 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
 from stages.core.errors import UserError
-from stages.core.params import BuiltModel, load_params
-from stages.engine.base import Completion, Engine, Request, request_seed
+from stages.engine.base import Engine, Request, request_seed
 from stages.engine.continuous_engine import ContinuousEngine
 from stages.engine.transformers_engine import LEAVE_SHARE, TransformersEngine
 from stages.engine.vllm_engine import VllmEngine
-from stages.tiny.model import build_tokenizer
+from tests.policy import END, NEEDS_VLLM, PAD, VOCABULARY, complete, mixed_requests, prompts
 
-SMALL = Path(__file__).resolve().parents[1] / "small"
-VLLM = importlib.util.find_spec("vllm") is not None and torch.cuda.is_available()
 ENGINES = [
     "transformers",
     "continuous",
-    pytest.param("vllm", marks=pytest.mark.skipif(not VLLM, reason="vLLM or a GPU is missing")),
+    pytest.param("vllm", marks=NEEDS_VLLM),
 ]
 Make = Callable[..., Engine]
 
-VOCABULARY, PAD, END = 64, 0, [2, 5, 9, 33]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    """Random weights large enough that the next token is far from evenly spread."""
-    torch.manual_seed(5)
-    config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        sliding_window=None,
-        initializer_range=0.25,
-        bos_token_id=1,
-        eos_token_id=END,
-        pad_token_id=PAD,
-    )
-    return MistralForCausalLM(config).eval()
-
 
 @pytest.fixture(scope="module", params=ENGINES)
-def make(request: pytest.FixtureRequest, model: Any, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make(request: pytest.FixtureRequest, model: Any, policy_folder: Path) -> Make:
     """Makes an engine of each kind that computes `batch` rows at once and stops at `ends`."""
     if request.param != "vllm":
         return lambda batch=16, ends=END: in_memory(request.param, model, batch, ends)
-    folder = tmp_path_factory.mktemp("base")
-    spec = load_params(SMALL).model
-    assert isinstance(spec, BuiltModel)
-    model.save_pretrained(folder)
-    build_tokenizer(spec, [("Ann has 3 apples.", "3")]).save_pretrained(folder)
-    engine = VllmEngine(None, folder)
+    engine = VllmEngine(policy_folder / "adapter", policy_folder / "base")
 
     def again(batch: int = 16, ends: Sequence[int] = END) -> Engine:
         engine.end_ids = list(ends)
@@ -84,31 +51,6 @@ def in_memory(kind: str, model: Any, batch: int = 16, ends: Sequence[int] = END)
     return engine
 
 
-def prompts(count: int, seed: int = 1) -> list[tuple[int, ...]]:
-    """Random prompts of 3 to 14 tokens."""
-    rng = random.Random(seed)
-    return [tuple(rng.randrange(10, VOCABULARY) for _ in range(rng.randint(3, 14))) for _ in range(count)]
-
-
-def mixed_requests() -> list[Request]:
-    """Greedy and drawn ones, three to a prompt, with different limits."""
-    requests = []
-    for number, prompt in enumerate(prompts(20)):
-        requests.append(Request(f"{number}/greedy", prompt, 12 + number))
-        for k, (temperature, top_p) in enumerate([(0.8, 1.0), (1.3, 0.9)]):
-            seed = request_seed(3, str(number), str(k))
-            requests.append(Request(f"{number}/{k}", prompt, 30, temperature, top_p, seed))
-    return requests
-
-
-def complete(
-    engine: Engine, requests: list[Request], done: frozenset[str] = frozenset()
-) -> dict[str, Completion]:
-    completions = list(engine.generate(requests, done))
-    assert len({one.id for one in completions}) == len(completions)
-    return {one.id: one for one in completions}
-
-
 IN_MEMORY = pytest.mark.parametrize("kind", ["transformers", "continuous"])
 
 
@@ -121,13 +63,22 @@ def test_greedy_is_what_transformers_generates(model: Any, make: Make, batch: in
         ids = torch.tensor([request.prompt])
         with torch.no_grad():
             theirs = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False,
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False,
                 eos_token_id=END, pad_token_id=PAD,
             )[0, ids.shape[1] :].tolist()  # fmt: skip
         stopped = theirs[-1] in END
         assert ours[request.id].tokens == tuple(theirs[:-1] if stopped else theirs)
         assert ours[request.id].finish == ("stop" if stopped else "length")
     assert {one.finish for one in ours.values()} == {"stop", "length"}  # both ends were seen
+
+
+def test_the_adapter_is_applied(model: Any, make: Make) -> None:
+    """What comes out is not what the base alone would say."""
+    requests = [Request(str(i), prompt, 25) for i, prompt in enumerate(prompts(30))]
+    found = complete(make(), requests)
+    with model.disable_adapter():
+        alone = complete(in_memory("transformers", model), requests)
+    assert sum(found[key].tokens != one.tokens for key, one in alone.items()) > len(requests) / 2
 
 
 @IN_MEMORY

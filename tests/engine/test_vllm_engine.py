@@ -24,7 +24,7 @@ from stages.core.errors import UserError
 from stages.core.params import BuiltModel, load_params
 from stages.core.policy import load_policy
 from stages.engine import vllm_engine
-from stages.engine.base import Completion, Request, request_seed
+from stages.engine.base import Completion, EngineStartError, Request, request_seed
 from stages.engine.transformers_engine import TransformersEngine
 from stages.engine.vllm_engine import VllmEngine
 from stages.tiny.model import build_tokenizer
@@ -68,16 +68,21 @@ class LLM:
         self,
         model: str,
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         seed: int = 0,
+        max_model_len: int | None = None,
         generation_config: str = "auto",
         logprobs_mode: str = "raw_logprobs",
+        use_tqdm_on_load: bool = True,
         enable_lora: bool = False,
         max_loras: int = 1,
         max_lora_rank: int = 16,
+        enable_chunked_prefill: bool | None = None,
+        max_num_batched_tokens: int | None = None,
     ) -> None:
         assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512)
-        assert (dtype, generation_config, logprobs_mode) == ("auto", "vllm", "raw_logprobs")
+        assert dtype is torch.float32  # the model's own; "auto" would halve it
+        assert (generation_config, logprobs_mode) == ("vllm", "raw_logprobs")
         self.model, self.enable_lora, self.max_lora_rank = model, enable_lora, max_lora_rank
         self.llm_engine = self
         self.policy: dict[str | None, Any] = {}
@@ -239,6 +244,17 @@ def test_an_adapter_too_large_is_said(tmp_path: Path, base: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 600}))
     with pytest.raises(UserError, match=r"up to rank 512; say hardware\.engine: continuous"):
         VllmEngine(tmp_path, base)
+
+
+def test_what_keeps_vllm_from_starting_is_said(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise ValueError("Free memory on device is less than desired.\nTry another value.")
+
+    monkeypatch.setattr(LLM, "__init__", full)
+    with pytest.raises(
+        EngineStartError, match=r"^vLLM did not start \(Free memory .* desired\.\); see to that"
+    ):
+        VllmEngine(None, base)
 
 
 def test_it_runs_in_this_process_and_reports_to_nobody(base: Path) -> None:

@@ -1,0 +1,45 @@
+"""vLLM itself in processes of its own: one that is killed costs its piece only. What it promises as an engine is in
+test_engine_contract.py, what is done when it fails in test_vllm_engine.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages.core.params import load_params
+from stages.core.paths import BASE
+from stages.engine.base import Request
+from stages.engine.transformers_engine import TransformersEngine
+from stages.engine.workers import WorkersEngine
+from tests.policy import END, NEEDS_VLLM, PAD, SMALL, complete, prompts
+
+pytestmark = NEEDS_VLLM
+
+
+def test_a_process_that_is_killed(
+    model: Any, policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes; one is killed while it generates. Every greedy answer comes, once, as transformers gives it."""
+    monkeypatch.chdir(tmp_path)
+    BASE.parent.mkdir()
+    BASE.symlink_to(policy_folder / "base")
+    hardware = load_params(SMALL).hardware.model_copy(update={"engine": "vllm", "generation_batch": 16})
+    requests = [Request(str(i), prompt, 40) for i, prompt in enumerate(prompts(200))]
+    wanted = complete(TransformersEngine(model, END, PAD, 64), requests)
+    found = []
+    with WorkersEngine(policy_folder / "adapter", hardware, 2) as engine:
+        for completion in engine.generate(requests):
+            found.append(completion)
+            if len(found) == 20:
+                killed = next(worker.process for worker in engine.workers if worker.piece)
+                os.kill(killed.pid, signal.SIGKILL)
+        assert killed not in [worker.process for worker in engine.workers]
+    assert len(found) == len(requests)
+    for one in found:
+        assert one.tokens == wanted[one.id].tokens
+        assert one.finish == wanted[one.id].finish
+        assert one.logprob == pytest.approx(wanted[one.id].logprob, abs=1e-3)
