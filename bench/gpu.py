@@ -11,8 +11,9 @@ set in the tokens of Mistral's tokenizer (LENGTHS below); answers are stretched 
 
 Each part runs in a process of its own, so that memory is its own and a failure costs its row only:
 
-- rollouts, evaluation: `hardware.engine` (--engine) through stages.engine.choose, after a warm-up. When time runs
-  out first, the rate is that of the completions after the first quarter of it.
+- generation: rollouts and the greedy evaluation by `hardware.engine` (--engine) through stages.engine.choose, after a
+  warm-up; the engine's start is said apart. When time runs out first, the rate is that of the completions after the
+  first quarter of it.
 - rollouts by ...: the same by each other engine that is installed: is the one that `auto` takes the best?
 - plain: `model.generate`, 32 rows at a time in their own order, each batch going on until its longest answer is
   done; only tokens up to each row's limit count. A subset, scaled per token.
@@ -73,7 +74,7 @@ ABEL = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
 }  # fmt: skip
 SMALL = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2_048,
 }  # fmt: skip
 # GSM8K's 7,473 training problems: the smallest, each twentieth, ... and the largest number of tokens.
@@ -82,8 +83,8 @@ LENGTHS = {
     "answer": (32, 60, 68, 75, 81, 88, 93, 98, 104, 110, 117, 124, 132, 140, 149, 159, 170, 184, 205, 239, 465),
 }  # fmt: skip
 # What `--try` adds, each beside the pipeline's own setting: rows of like length together, few at once. What is not
-# installed says so in its row. "no casts" leaves out PEFT's copies of every input in float32, which autocast makes
-# bf16 again.
+# installed says so in its row. "inputs in 32 bits" has PEFT copy every input of the adapter, as TRL's trainers do
+# (core/training.py, InputsAsTheyAre).
 TRIALS: dict[str, dict[str, Any]] = {
     "2 rows": {"hardware": {"per_device_batch": 2}},
     "4 rows": {"hardware": {"per_device_batch": 4}},
@@ -95,8 +96,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "activations recomputed": {"hardware": {"gradient_checkpointing": True}},
     "length groups": {"unsorted": True, "arguments": {"train_sampling_strategy": "group_by_length"}, "only": "sft"},
     "padding-free": {"arguments": {"padding_free": True}, "only": "sft"},
-    "no casts around the adapter": {"no_casts": True},
-    "padding-free, no casts": {"arguments": {"padding_free": True}, "no_casts": True, "only": "sft"},
+    "inputs in 32 bits": {"casts": True},
     "liger": {"arguments": {"use_liger_kernel": True}},
     "flash attention": {"attention": "flash_attention_2"},
     "flash attention, padding-free": {
@@ -184,9 +184,8 @@ def prepare_place(place: Path, small: bool, engine: str) -> Path:
 def plan_parts(devices: int, engines: Sequence[str], trials: Sequence[str]) -> list[Part]:
     """The parts in the order they run, with the other `engines` and the trials; those on several devices last."""
     parts = [
-        Part("rollouts", "generate", {"requests": "rollouts"}, 2.2),
-        Part("evaluation", "generate", {"requests": "evaluation"}),
-        Part("selection", "generate", {"requests": "selection", "engine": "transformers"}, 0.8),
+        Part("generation", "generate", {"requests": {"rollouts": 0.7, "evaluation": 0.3}}, 3.2),
+        Part("selection", "generate", {"requests": {"selection": 1.0}, "engine": "transformers"}, 0.8),
         Part("plain", "generate_plainly", {}, 1.5),
         Part("sft", "train", {"phase": "sft"}),
         Part("sft by TRL", "train", {"phase": "sft", "defaults": True}),
@@ -194,7 +193,8 @@ def plan_parts(devices: int, engines: Sequence[str], trials: Sequence[str]) -> l
         Part("dpo by TRL", "train", {"phase": "dpo", "defaults": True}),
     ]
     parts += [
-        Part(f"rollouts by {one}", "generate", {"requests": "rollouts", "engine": one}) for one in engines
+        Part(f"rollouts by {one}", "generate", {"requests": {"rollouts": 1.0}, "engine": one})
+        for one in engines
     ]
     for name in trials:
         trial = TRIALS[name]
@@ -202,7 +202,7 @@ def plan_parts(devices: int, engines: Sequence[str], trials: Sequence[str]) -> l
         parts += [Part(f"{phase}, {name}", "train", {"phase": phase, **trial}, 0.8) for phase in phases]
     if devices > 1:
         parts += [
-            Part(f"rollouts on {devices}", "generate", {"requests": "rollouts"}, 2.0, devices),
+            Part(f"rollouts on {devices}", "generate", {"requests": {"rollouts": 1.0}}, 2.0, devices),
             Part(f"sft on {devices}", "train", {"phase": "sft"}, 1.0, devices),
             Part(f"dpo on {devices}", "train", {"phase": "dpo"}, 1.0, devices),
         ]
@@ -213,11 +213,11 @@ def run_part(place: Path, part: Part, seconds: float, small: bool) -> dict[str, 
     """What the part's process wrote, with its peak memory; `error` when it failed or took too long."""
     note(f"{part.name}: up to {seconds:.0f} s ...")
     started = time.monotonic()
-    patience = seconds + (240 if small else 60)  # it ends by itself; slow starts are no failure on a busy CPU
+    patience = seconds + (300 if small else 120)  # it ends by itself; a slow start is no failure
     work = place / "parts" / part.name.replace(" ", "-")
     work.mkdir(parents=True)
     plan = {"work": part.work, "small": small, "devices": part.devices, **part.plan}
-    write_json(work / PLAN, {**plan, "until": time.time() + seconds})
+    write_json(work / PLAN, {**plan, "seconds": seconds, "until": time.time() + seconds})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "bench")))}
     if small:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -249,7 +249,8 @@ def run_part(place: Path, part: Part, seconds: float, small: bool) -> dict[str, 
     else:
         result = read_json(work / RESULT)
         if peak > before:  # the memory of processes that the part itself started
-            result.setdefault("memory", peak - before)
+            for one in (result, *(value for value in result.values() if isinstance(value, dict))):
+                one.setdefault("memory", peak - before)
     note(f"{part.name}: {result.get('error', 'done')} ({time.monotonic() - started:.0f} s)")
     return result
 
@@ -284,7 +285,9 @@ def table(
     other = {name: plain.get(name, plain) for name in ("rollouts", "evaluation")}
     other["selection"] = other["evaluation"]
     other |= {"sft": results.get("sft by TRL", SKIPPED), "dpo": results.get("dpo by TRL", SKIPPED)}
-    ours = {name: results.get(name, SKIPPED) for name in other}
+    parts = {"rollouts": "generation", "evaluation": "generation"}
+    ours = {name: results.get(parts.get(name, name), SKIPPED) for name in other}
+    ours |= {name: one.get(name, one) for name, one in ours.items()}
     rollouts = params.rollout.questions * params.rollout.per_question
     rows = [
         row("rollouts, tokens/s", "rate", ours["rollouts"], other["rollouts"]),
@@ -306,10 +309,12 @@ def table(
         if comma:
             rows.append(row(name, "rate", result, ours[phase]))
         elif name.startswith("rollouts by "):
-            rows.append(row(f"{name} (otherwise: ours)", "rate", result, ours["rollouts"]))
+            rate = result.get("rollouts", result)
+            rows.append(row(f"{name} (otherwise: ours)", "rate", rate, ours["rollouts"]))
         elif " on " in name:
-            one = ours[name.partition(" on ")[0]]
-            rows.append(row(f"{name} devices (otherwise: on 1)", "rate", result, one))
+            kind = name.partition(" on ")[0]
+            rate = result.get(kind, result)
+            rows.append(row(f"{name} devices (otherwise: on 1)", "rate", rate, ours[kind]))
     head = ["", "ours", "with", "otherwise", "with", "ours is", "peak memory, GiB: ours", "otherwise"]
     return head, rows
 
@@ -531,21 +536,32 @@ def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
 
 
 def generate(run: StageRun, plan: dict[str, Any]) -> dict[str, Any]:
-    """Our engine's rate, and the seconds the whole list takes at it."""
+    """For each list of requests our engine's rate, and the seconds the whole list takes at it.
+
+    The lists share what time is left once the engine has started, as the plan says; with a slow start two fifths of
+    the part's time.
+    """
     from stages.engine.choose import engine_kind
 
     fix_arithmetic(run.params.hardware.threads, run.params.seed)
-    requests = build_requests(plan["requests"], run, plan["small"])
+    lists = {kind: build_requests(kind, run, plan["small"]) for kind in plan["requests"]}
+    results: dict[str, Any] = {}
+    began = time.perf_counter()
     with open_bench_engine(run, plan) as engine:
-        few = requests[: 16 * plan["devices"]]
+        few = next(iter(lists.values()))[: 16 * plan["devices"]]
         for _ in engine.generate([Request(f"warm/{one.id}", one.prompt, 16) for one in few]):
             pass
-        rate = measure_engine(engine, requests, plan["until"])
-        kinds = [engine_kind(run.params.hardware), kernel_of(engine)]
-    tokens = sum(one.max_new_tokens for one in requests)
-    result = {"rate": rate, "whole": tokens / rate, "requests": len(requests)}
-    here = memory_used() if hasattr(engine, "model") else {}
-    return {**result, "with": ", ".join(filter(None, kinds)), **here}
+        started = f"started in {time.perf_counter() - began:.0f} s"
+        left = max(plan["until"] - time.time(), 0.4 * plan["seconds"])
+        label = ", ".join(filter(None, [engine_kind(run.params.hardware), kernel_of(engine), started]))
+        for kind, requests in lists.items():
+            rate = measure_engine(engine, requests, time.time() + plan["requests"][kind] * left)
+            tokens = sum(one.max_new_tokens for one in requests)
+            here = memory_used() if hasattr(engine, "model") else {}
+            results[kind] = {
+                "rate": rate, "whole": tokens / rate, "requests": len(requests), "with": label, **here
+            }  # fmt: skip
+    return results
 
 
 @contextlib.contextmanager
@@ -691,10 +707,6 @@ def train(run: StageRun) -> None:
     if not plan.get("defaults"):
         fix_arithmetic(run.params.hardware.threads, run.params.seed)
     model, tokenizer = build_policy(plan, run)
-    if plan.get("no_casts"):
-        for module in model.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
     weights = count_weights(model)
     clock = make_clock(plan["until"])
     trainer = make_trainer(run, plan, model, tokenizer, clock)
@@ -730,9 +742,11 @@ def make_trainer(run: StageRun, plan: dict[str, Any], model: Any, tokenizer: Any
     """The trainer of the stage, with the stage's arguments or with TRL's own."""
     import torch
     from datasets import Dataset
-    from trl import DPOConfig, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from stages.core.training import trainer_arguments, training_set
+    from stages.dpo import PairTrainer
+    from stages.sft import RowTrainer
 
     phase, small = plan["phase"], plan["small"]
     spec = getattr(run.params, phase)
@@ -754,15 +768,20 @@ def make_trainer(run: StageRun, plan: dict[str, Any], model: Any, tokenizer: Any
         "model": model, "train_dataset": data, "processing_class": tokenizer,
         "callbacks": [clock],
     }  # fmt: skip
+    plain = plan.get("defaults") or plan.get("casts")
     if phase == "sft":
         config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-        return SFTTrainer(args=config, **common)
-    from stages.dpo import PairTrainer
+        return (SFTTrainer if plain else RowTrainer)(args=config, **common)
 
-    if plan.get("defaults"):
-        return PairTrainer(args=DPOConfig(**arguments), **common)
-    losses = {"loss_type": list(spec.loss_type), "loss_weights": list(spec.loss_weights)}
-    return PairTrainer(args=DPOConfig(**arguments, beta=spec.beta, **losses), **common)
+    class PlainPairTrainer(DPOTrainer):
+        """TRL's on pairs that are tokens already."""
+
+        _prepare_dataset = PairTrainer._prepare_dataset
+
+    if not plan.get("defaults"):
+        losses = {"loss_type": list(spec.loss_type), "loss_weights": list(spec.loss_weights)}
+        arguments |= {"beta": spec.beta, **losses}
+    return (PlainPairTrainer if plain else PairTrainer)(args=DPOConfig(**arguments), **common)
 
 
 def training_rows(phase: str, run: StageRun, small: bool) -> list[dict[str, list[int]]]:

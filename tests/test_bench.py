@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = [
-    "evaluation",
     "selection",
     "plain",
     "sft by TRL",
