@@ -94,6 +94,7 @@ COVERED = (
 NEEDS = (
     (r"dvc exp run -S profile=abel-7b", "GPU"),
     (r"python -m pytest -m gpu", "GPU"),
+    (r"python -m pytest tests/engine -k vllm", "GPU"),
     (r"python bench/gpu\.py.*", "GPU"),
     (r"ray .+", "cluster"),
     (r"pip install -r requirements-(gpu|ray)\.txt", "requirements"),

@@ -83,8 +83,8 @@ class InputsAsTheyAre:
     """For TRL's trainers: under bf16 autocast, adapter layers take their inputs as they are.
 
     PEFT would copy each of them into 32 bits, the adapter's own precision, and autocast copy it back before the
-    product. No number differs without the detour (but for the draws of dropout on a CPU), and a quarter of the
-    bytes that a block moves outside of its products are saved (docs/gpus.md).
+    product. Without the detour no number differs, but for what dropout draws, and a quarter of the bytes that a
+    block moves outside of its products is saved (bench/traffic.py). Generation has no autocast and needs the copies.
     """
 
     model: Any

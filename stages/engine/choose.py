@@ -14,6 +14,8 @@ from stages.core.errors import UserError
 from stages.core.params import Hardware
 from stages.engine.base import Engine, EngineStartError, end_ids
 
+NO_VLLM = "vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
+
 
 @contextlib.contextmanager
 def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
@@ -88,9 +90,7 @@ def engine_kind(hardware: Hardware, half: bool = True, loaded: bool = False) -> 
 
     have_vllm = "vllm" in engine_kinds()
     if hardware.engine == "vllm" and not have_vllm:
-        raise UserError(
-            "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
-        )
+        raise UserError(f"hardware.engine: {NO_VLLM}")
     if hardware.engine not in ("auto", "vllm") or (hardware.engine == "vllm" and not loaded):
         return hardware.engine
     if not torch.cuda.is_available():

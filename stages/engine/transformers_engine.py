@@ -197,11 +197,16 @@ def draw(
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero what lies outside the smallest set of tokens that holds `top_p` (Holtzman et al. 2020), row by row."""
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    """Zero what lies outside the smallest set of tokens that holds `top_p` (Holtzman et al. 2020), row by row.
+
+    Tokens as likely as the last one inside are inside too. The set is found by its least probability, not by putting
+    the sorted tokens back into their places: deterministic as the stages are, a GPU would sort all of them once more.
+    """
+    ranked = probabilities.sort(dim=-1, descending=True).values
     before = ranked.cumsum(-1) - ranked
-    kept = torch.where((before < top_p[:, None]) | (top_p[:, None] >= 1), ranked, 0.0)
-    return torch.zeros_like(probabilities).scatter(1, order, kept)
+    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    least = ranked.gather(1, inside.sum(-1, keepdim=True).clamp(min=1) - 1)
+    return probabilities.where(probabilities >= least, 0.0)
 
 
 class _RoomyLayer(DynamicLayer):

@@ -1,7 +1,7 @@
 """Generation by vLLM on one GPU, with the adapter applied unmerged; several GPUs take one such process each.
 
-vLLM comes with requirements-gpu.txt. This module was written against the source of vLLM 0.30.0 and tested with a
-stand-in; it has not run on a GPU yet (docs/gpus.md).
+vLLM comes with requirements-gpu.txt. It was tried with vLLM 0.30.0 on a CPU, and has not run on a GPU yet
+(docs/gpus.md).
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from stages.core.params import (
 )
 from stages.core.prompts import completion_text, prompt_messages, prompt_text
 from stages.core.records import read_json, read_jsonl
+from stages.engine.choose import NO_VLLM, engine_kind, engine_kinds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +57,8 @@ def main(console: Console | None = None, gpu_memory: float | None = None) -> Non
 
     console = console or Console()
     params = load_params()
-    checks = [("params.yaml", ""), (f"profiles/{params.profile}.yaml", ""), *_files(params)]
+    profile = f"profiles/{params.profile}.yaml"
+    checks = [("params.yaml", ""), (profile, ""), *_engine_problem(params), *_files(params)]
     _print_checks(console, checks)
     problems = [f"{name}: {problem}" for name, problem in checks if problem]
     if problems:
@@ -85,6 +87,13 @@ def _print_checks(console: Console, checks: list[tuple[str, str]]) -> None:
     for name, problem in checks:
         table.add_row(escape(name), f"[red]{escape(problem)}[/red]" if problem else "[green]OK[/green]")
     console.print(table)
+
+
+def _engine_problem(params: Params) -> Iterator[tuple[str, str]]:
+    """The engine that the profile names, if it names one, and whether it is missing."""
+    if params.hardware.engine != "auto":
+        missing = params.hardware.engine not in engine_kinds()
+        yield "hardware.engine", NO_VLLM if missing else ""
 
 
 def _files(params: Params) -> Iterator[tuple[str, str]]:
@@ -117,7 +126,8 @@ def _print_memory(console: Console, params: Params, gpu_memory: float | None) ->
     size = f"{device.free / GIB:.1f} GiB free of {device.total / GIB:.1f}"
     if gpu_memory:
         size = f"{gpu_memory:g} GiB"
-    console.print(f"\n{_count(len(devices), 'process')} on {escape(device.name)}, {size}", style="bold")
+    where = f"\n{_count(len(devices), 'process')} on {escape(device.name)}, {size}"
+    console.print(where + _engine(params, device, gpu_memory), style="bold")
     try:
         shape = find_shape(params)
     except UserError as unknown:  # such a model may run all the same
@@ -132,6 +142,18 @@ def _print_memory(console: Console, params: Params, gpu_memory: float | None) ->
     for row in estimates(params, shape, device, len(devices)):
         table.add_row(*map(escape, row))
     console.print(table)
+
+
+def _engine(params: Params, device: Device, gpu_memory: float | None) -> str:
+    """What generates text, where that is known: not on a GPU that is not there."""
+    kind: str = params.hardware.engine
+    if kind == "auto" and gpu_memory:
+        return ""
+    if kind == "auto" and not device.cuda:
+        kind = "transformers"  # torch need not be asked
+    elif kind == "auto":
+        kind = engine_kind(params.hardware, half=getattr(params.model, "dtype", "float32") != "float32")
+    return f", engine {kind}"
 
 
 def find_devices(params: Params, gpu_memory: float | None = None) -> list[Device]:

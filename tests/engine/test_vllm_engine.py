@@ -1,7 +1,8 @@
-"""The vLLM engine against a stand-in for vLLM, which is not installed here and needs a GPU.
+"""The vLLM engine against a stand-in for vLLM, which fails, loses and finishes requests as a test wants it to.
 
 The stand-in takes no argument that vLLM 0.30.0 does not have, and generates with `TransformersEngine`. It shows that
-the engine asks for the right things and handles what comes back, not that vLLM runs.
+the engine asks for the right things and handles what comes back. vLLM itself runs in test_engine_contract.py and
+test_vllm_itself.py, where it is installed.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -198,6 +199,27 @@ def test_chat_without_template(workplace: Path) -> None:
     save_base(workplace, None)
     assert refusal()[0].startswith(
         "prompt.chat: is true, but the tokenizer in checkpoints/base has no chat template"
+    )
+
+
+def test_the_engine_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one `auto` takes here, or the one the profile asks for; of a GPU that is not there it is not known."""
+    assert ", engine transformers\n" in output()
+    stream = io.StringIO()
+    check.main(Console(file=stream, width=100), 80)
+    assert "engine" not in stream.getvalue()
+    change(workplace, "engine: auto", "engine: continuous")
+    assert ", engine continuous\n" in output()
+    assert re.search(r"hardware\.engine +OK", output())
+
+
+def test_an_engine_that_is_not_installed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the first stage runs, not when the third one does."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    change(workplace, "engine: auto", "engine: vllm")
+    error, _ = refusal()
+    assert (
+        error == "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
     )
 
 
