@@ -1,8 +1,9 @@
 """Who does which piece of work: shared by the engines of one host's processes and of a cluster's workers.
 
-    work = HandOut(requests, done, hardware)
+    work = HandOut(requests, done, hardware, workers=2)
     while work.open:
         piece = work.next()          # for an idle worker; None when all others are in good hands
+        send(work.to_do(piece))
         yield from work.take(piece, completions)
         work.finish(piece)           # or work.lost(piece, "signal 9") when its worker is gone
 
@@ -10,11 +11,14 @@ A worker that dies costs its piece only: it goes to another one. A slow or hangi
 nothing is waiting, an idle worker begins its piece as well, and whoever is first counts.
 
 With `hardware.generation_batch` set, the pieces are a single process's batches: the completions are the same, to the
-byte, whoever computes them. With `auto` each engine divides its piece by its own memory, and rounding may differ.
+byte, whoever computes them. With `auto` each engine divides its piece by its own memory, and rounding may differ; the
+pieces are then large and equal, so that GPUs are full and end together, and of one that is begun again only what is
+missing is done.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ from stages.core.params import Hardware
 from stages.engine.base import Completion, Request, plan
 
 ATTEMPTS = 3  # at one piece
-PIECE = 512  # requests, where the engine itself decides what to compute together
+PIECE = 1024  # requests at most, where the engine itself decides what to compute together
 
 
 @dataclass(eq=False)
@@ -39,8 +43,16 @@ class Piece:
 class HandOut:
     """The pieces that are left to do."""
 
-    def __init__(self, requests: Iterable[Request], done: frozenset[str], hardware: Hardware) -> None:
-        size = PIECE if hardware.generation_batch == "auto" else hardware.generation_batch
+    def __init__(
+        self, requests: Iterable[Request], done: frozenset[str], hardware: Hardware, workers: int
+    ) -> None:
+        self._together = hardware.generation_batch != "auto"
+        if hardware.generation_batch == "auto":
+            requests = [one for one in requests if one.id not in done]
+            turns = max(1, math.ceil(len(requests) / (workers * PIECE)))
+            size = max(1, math.ceil(len(requests) / (workers * turns)))
+        else:
+            size = hardware.generation_batch
         pieces = [Piece(piece) for piece in plan(requests, size) if any(one.id not in done for one in piece)]
         pieces.reverse()  # the longest prompts first, so that no worker is left with them at the end
         self.open = dict.fromkeys(pieces)  # in the order they were begun
@@ -59,6 +71,10 @@ class HandOut:
             piece = found
         piece.workers += 1
         return piece
+
+    def to_do(self, piece: Piece) -> list[Request]:
+        """What a worker that begins the piece completes: all that is computed together, else what is missing."""
+        return [one for one in piece.requests if self._together or one.id not in self._given]
 
     def take(self, piece: Piece, completions: Iterable[Completion]) -> Iterator[Completion]:
         """The completions nobody has given yet; none when the piece is finished or of an earlier call."""

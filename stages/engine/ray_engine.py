@@ -74,14 +74,14 @@ class RayEngine:
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises UserError when a piece ends its worker again and again, or none is left."""
-        work = HandOut(requests, done, self.hardware)
+        work = HandOut(requests, done, self.hardware, max(1, len(self.workers)))
         self._last_alive = time.monotonic()
         while work.open:
             self._fill_places()
             for worker in self.workers:
                 if worker.loaded and worker.piece is None and (piece := work.next()):
                     worker.piece = piece
-                    worker.answer = worker.actor.complete.remote(piece.requests)
+                    worker.answer = worker.actor.complete.remote(work.to_do(piece))
             waited = {id(worker.answer): worker for worker in self.workers if worker.answer is not None}
             if not waited:
                 time.sleep(LOOK_SECONDS)

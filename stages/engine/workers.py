@@ -53,13 +53,13 @@ class WorkersEngine:
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
     ) -> Iterator[Completion]:
         """See `Engine.generate`. Raises UserError when a piece ends its process again and again."""
-        work = HandOut(requests, done, self.hardware)
+        work = HandOut(requests, done, self.hardware, self.count)
         while work.open:
             for worker in self.workers:
                 if worker.piece is None and (piece := work.next()):
                     worker.piece = piece
                     with contextlib.suppress(OSError):  # it is dead; reading from it will say so
-                        worker.pipe.send(piece.requests)
+                        worker.pipe.send(work.to_do(piece))
             busy = {worker.pipe: worker for worker in self.workers if worker.piece}
             for pipe in connection.wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]

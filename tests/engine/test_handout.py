@@ -9,13 +9,14 @@ import pytest
 
 from stages.core.errors import UserError
 from stages.core.params import Hardware
+from stages.engine import handout
 from stages.engine.base import Completion, Request
 from stages.engine.handout import ATTEMPTS, HandOut, Piece
 
 REQUESTS = [Request(str(place), (1,) * (1 + place % 7), 5) for place in range(100)]
 
 
-def hand_out(done: frozenset[str] = frozenset(), **changed: Any) -> HandOut:
+def hand_out(done: frozenset[str] = frozenset(), workers: int = 2, **changed: Any) -> HandOut:
     values: dict[str, Any] = {
         "threads": 1,
         "processes": 2,
@@ -24,7 +25,7 @@ def hand_out(done: frozenset[str] = frozenset(), **changed: Any) -> HandOut:
         "per_device_batch": 1,
         "gradient_checkpointing": False,
     }
-    return HandOut(REQUESTS, done, Hardware(**values | changed))
+    return HandOut(REQUESTS, done, Hardware(**values | changed), workers)
 
 
 def completions(piece: Piece) -> list[Completion]:
@@ -84,7 +85,7 @@ def test_a_piece_of_an_earlier_call_is_ignored() -> None:
 
 
 def test_a_lost_piece_goes_to_another_and_is_given_up_in_the_end() -> None:
-    work = hand_out(generation_batch="auto")
+    work = hand_out(workers=1, generation_batch="auto")
     for attempt in range(ATTEMPTS):
         piece = work.next()
         assert piece is not None and len(piece.requests) == len(REQUESTS)
@@ -95,12 +96,49 @@ def test_a_lost_piece_goes_to_another_and_is_given_up_in_the_end() -> None:
                 work.lost(piece, "signal 11")
 
 
+@pytest.mark.parametrize(
+    ("workers", "most", "sizes"),
+    [
+        (1, 1024, [100]),
+        (3, 1024, [34, 34, 32]),
+        (2, 30, [25, 25, 25, 25]),
+        (8, 4, [4] * 25),
+        (200, 1, [1] * 100),
+    ],
+)
+def test_where_engines_divide_by_themselves_pieces_are_equal(
+    monkeypatch: pytest.MonkeyPatch, workers: int, most: int, sizes: list[int]
+) -> None:
+    """As many for each worker, none larger than allowed: all end at about the same time."""
+    monkeypatch.setattr(handout, "PIECE", most)
+    work = hand_out(workers=workers, generation_batch="auto")
+    assert sorted((len(piece.requests) for piece in work.open), reverse=True) == sizes
+
+
+def test_of_a_piece_begun_again_what_is_missing_is_done() -> None:
+    """Where an engine divides by itself; a piece that is computed together is done whole, for the same bytes."""
+    for batch, wanted in (("auto", 20), (50, 50)):
+        work = hand_out(generation_batch=batch)
+        piece = work.next()
+        assert piece is not None and len(work.to_do(piece)) == 50
+        assert len(list(work.take(piece, completions(piece)[:30]))) == 30
+        work.lost(piece, "signal 9")
+        assert len(work.to_do(piece)) == wanted
+        list(work.take(piece, [Completion(one.id, (1,), "stop", -1.0) for one in work.to_do(piece)]))
+        work.finish(piece)
+        assert len(work.open) == 1
+
+
+@pytest.mark.parametrize("batch", [8, "auto"])
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_happens_every_request_is_given_once(seed: int) -> None:
+def test_whatever_happens_every_request_is_given_once(
+    monkeypatch: pytest.MonkeyPatch, seed: int, batch: Any
+) -> None:
     """Workers that die, hang for good or finish late, in any order; one of them is sound."""
+    monkeypatch.setattr(handout, "PIECE", 8)
     rng = random.Random(seed)
-    work, given, deaths = hand_out(), [], 0
-    busy: dict[int, Piece] = {}
+    work, given, deaths = hand_out(generation_batch=batch), [], 0
+    busy: dict[int, tuple[Piece, list[Completion]]] = {}
     hung: set[int] = set()
     turns = 0
     while work.open:
@@ -109,15 +147,16 @@ def test_whatever_happens_every_request_is_given_once(seed: int) -> None:
         worker = rng.randrange(4)
         if worker in hung:
             continue
-        piece = busy.get(worker)
-        if piece is None:
-            if (piece := work.next()) is not None:
-                busy[worker] = piece
+        if worker not in busy:
+            if (begun := work.next()) is not None:
+                answers = [Completion(one.id, (1,), "stop", -1.0) for one in work.to_do(begun)]
+                busy[worker] = begun, answers
             continue
+        piece, answers = busy[worker]
         fate = rng.random() if worker else 0.0
-        part = completions(piece)[: rng.randint(0, len(piece.requests))]
+        part = answers[: rng.randint(0, len(answers))]
         if fate < 0.7:
-            given += [one.id for one in work.take(piece, completions(piece))]
+            given += [one.id for one in work.take(piece, answers)]
             work.finish(piece)
             del busy[worker]
         elif fate < 0.9 and deaths < ATTEMPTS - 1:

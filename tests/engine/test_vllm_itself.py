@@ -12,6 +12,7 @@ import pytest
 
 from stages.core.params import load_params
 from stages.core.paths import BASE
+from stages.engine import handout
 from stages.engine.base import Request
 from stages.engine.transformers_engine import TransformersEngine
 from stages.engine.workers import WorkersEngine
@@ -27,7 +28,8 @@ def test_a_process_that_is_killed(
     monkeypatch.chdir(tmp_path)
     BASE.parent.mkdir()
     BASE.symlink_to(policy_folder / "base")
-    hardware = load_params(SMALL).hardware.model_copy(update={"engine": "vllm", "generation_batch": 16})
+    hardware = load_params(SMALL).hardware.model_copy(update={"engine": "vllm", "generation_batch": "auto"})
+    monkeypatch.setattr(handout, "PIECE", 25)  # four turns for each process
     requests = [Request(str(i), prompt, 40) for i, prompt in enumerate(prompts(200))]
     wanted = complete(TransformersEngine(model, END, PAD, 64), requests)
     found = []

@@ -22,9 +22,10 @@ pytestmark = pytest.mark.pipeline
 
 @pytest.fixture(scope="module")
 def project(copy_run: Callable[[], Project]) -> Project:
-    """The small run, told to use two processes; DVC sees no change."""
+    """The small run, told to use two processes, which compute activations again; DVC sees no change."""
     copy = copy_run()
-    copy.update("profiles/tiny.yaml", {"hardware.processes": 2, "hardware.generation_batch": 64})
+    hardware = {"processes": 2, "generation_batch": 64, "gradient_checkpointing": True}
+    copy.update("profiles/tiny.yaml", {f"hardware.{key}": value for key, value in hardware.items()})
     assert copy.status() == {}
     return copy
 
