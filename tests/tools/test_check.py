@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from stages.core import memory
 from stages.core.errors import UserError
 from stages.core.params import load_params
 from stages.tools import check
@@ -203,7 +204,8 @@ def test_chat_without_template(workplace: Path) -> None:
 
 
 def test_the_engine_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one `auto` takes here, or the one the profile asks for; of a GPU that is not there it is not known."""
+    """The one `auto` takes on a CPU, or the one the profile asks for; of a GPU that is not there it is not known."""
+    monkeypatch.setattr(check, "find_devices", lambda *_: [memory.cpu_device(1)])  # also on a GPU host
     assert ", engine transformers\n" in output()
     stream = io.StringIO()
     check.main(Console(file=stream, width=100), 80)
