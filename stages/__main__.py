@@ -1,16 +1,30 @@
-"""The one door: `python -m stages NAME`. `--help` lists every stage and tool."""
+"""The command line: `python -m stages NAME`. `--help` lists every stage and tool.
+
+The module of a stage or tool is imported when its command is called, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
-from stages.core.errors import UserError
-from stages.core.launch import prepare_process
-from stages.core.params import load_params
+from stages.run.errors import UserError
+from stages.run.params import load_params
+from stages.run.paths import (
+    ADAPTERS,
+    PAIRS,
+    PREFERENCE_METRICS,
+    REGIME_W_METRICS,
+    REGIME_W_PLOTS,
+    ROLLOUTS,
+    SCORED,
+)
+from stages.run.process import prepare_process
 
 app = typer.Typer(
     add_completion=False,
@@ -21,109 +35,69 @@ app = typer.Typer(
 STAGES, TOOLS = "Stages, in the order `dvc repro` runs them", "Tools"
 
 
-@app.command(rich_help_panel=STAGES)
-def prepare() -> None:
-    """Read or generate the problems; check, clean and split them."""
-    _begin(network=True)
-    from stages import prepare as stage
-
-    stage.main()
+def _stage(name: str, network: bool = False) -> ModuleType:
+    """A stage's module, after the process is set up and all parameters are checked."""
+    prepare_process(network)
+    load_params()
+    return import_module(f"stages.{name}")
 
 
-@app.command(rich_help_panel=STAGES)
-def base() -> None:
-    """Build, download or convert the base model."""
-    _begin(network=True)
-    from stages import base as stage
-
-    stage.main()
+def _tool(name: str, network: bool = False) -> ModuleType:
+    """A tool's module, after the process is set up."""
+    prepare_process(network)
+    return import_module(f"stages.tools.{name}")
 
 
-@app.command(rich_help_panel=STAGES)
-def sft() -> None:
-    """Fine-tune the base model on clean solutions (LoRA)."""
-    _begin()
-    from stages import sft as stage
-
-    stage.main()
+def _add_stage(name: str, about: str, network: bool = False) -> None:
+    """Add the command of a stage that has no options."""
+    app.command(name, help=about, rich_help_panel=STAGES)(lambda: _stage(name, network).main())
 
 
-@app.command(rich_help_panel=STAGES)
-def rollout() -> None:
-    """Let the SFT policy answer training questions through every arm."""
-    _begin()
-    from stages import rollout as stage
+# ---- Stages ------------------------------------------------------------------------------------------
 
-    stage.main()
+_add_stage("prepare", "Read or generate the problems; check, clean and split them.", network=True)
+_add_stage("base", "Build, download or convert the base model.", network=True)
+_add_stage("sft", "Fine-tune the base model on clean solutions (LoRA).")
+_add_stage("rollout", "Let the SFT policy answer training questions through every arm.")
 
 
 @app.command(rich_help_panel=STAGES)
 def coherence(
-    rollouts: Annotated[Path, typer.Option(help="Trajectories to score.")] = Path("data/rollouts.jsonl"),
-    out: Annotated[Path, typer.Option(help="Where the scored ones go.")] = Path(
-        "data/regime_w_rollouts.jsonl"
-    ),
-    metrics: Annotated[Path, typer.Option(help="Where the summary goes.")] = Path("metrics/regime_w.json"),
-    plots: Annotated[Path, typer.Option(help="Folder of the plot data.")] = Path("metrics/plots/regime_w"),
+    rollouts: Annotated[Path, typer.Option(help="Trajectories to score.")] = ROLLOUTS,
+    out: Annotated[Path, typer.Option(help="Where the scored ones go.")] = SCORED,
+    metrics: Annotated[Path, typer.Option(help="Where the summary goes.")] = REGIME_W_METRICS,
+    plots: Annotated[Path, typer.Option(help="Folder of the plot data.")] = REGIME_W_PLOTS,
 ) -> None:
     """Score the coherence of each trajectory and its reward (Regime W)."""
-    _begin()
-    from stages import coherence as stage
-
-    stage.main(rollouts, out, metrics, plots)
+    _stage("coherence").main(rollouts, out, metrics, plots)
 
 
 @app.command(rich_help_panel=STAGES)
 def preference(
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
-        "data/regime_w_rollouts.jsonl"
-    ),
-    out: Annotated[Path, typer.Option(help="Where the pairs go.")] = Path("data/coherence_preferences.jsonl"),
-    metrics: Annotated[Path, typer.Option(help="Where the counts go.")] = Path("metrics/preference.json"),
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = SCORED,
+    out: Annotated[Path, typer.Option(help="Where the pairs go.")] = PAIRS,
+    metrics: Annotated[Path, typer.Option(help="Where the counts go.")] = PREFERENCE_METRICS,
 ) -> None:
     """Make preference pairs from the scored trajectories."""
-    _begin()
-    from stages import preference as stage
-
-    stage.main(rollouts, out, metrics)
+    _stage("preference").main(rollouts, out, metrics)
 
 
-@app.command(rich_help_panel=STAGES)
-def dpo() -> None:
-    """Train the DPO adapter from the pairs, starting at the SFT adapter."""
-    _begin()
-    from stages import dpo as stage
-
-    stage.main()
+_add_stage("dpo", "Train the DPO adapter from the pairs, starting at the SFT adapter.")
 
 
 @app.command(rich_help_panel=STAGES)
 def evaluate(policy: Annotated[str, typer.Argument(help="base, sft or dpo")]) -> None:
     """Evaluate a policy on Platinum: greedy answers and samples."""
-    _begin()
-    from stages import evaluate as stage
-
-    if policy not in stage.ADAPTERS:
-        raise UserError(f"evaluate: no policy '{policy}'; choose one of {', '.join(stage.ADAPTERS)}")
-    stage.main(policy)
+    if policy not in ADAPTERS:
+        raise UserError(f"evaluate: no policy '{policy}'; choose one of {', '.join(ADAPTERS)}")
+    _stage("evaluate").main(policy)
 
 
-@app.command(rich_help_panel=STAGES)
-def headline() -> None:
-    """Copy one policy's metrics to metrics/headline.json, for `dvc metrics diff`."""
-    _begin()
-    from stages import headline as stage
-
-    stage.main()
+_add_stage("headline", "Copy one policy's metrics to metrics/headline.json, for `dvc metrics diff`.")
+_add_stage("report", "Compare the policies and write report.html.")
 
 
-@app.command(rich_help_panel=STAGES)
-def report() -> None:
-    """Compare the policies and write report.html."""
-    _begin()
-    from stages import report as stage
-
-    stage.main()
+# ---- Tools -------------------------------------------------------------------------------------------
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -133,19 +107,14 @@ def check(
     ] = None,
 ) -> None:
     """Validate everything without running anything, say whether it fits, and show the first prompts."""
-    prepare_process()
-    from stages.tools import check as tool
-
-    tool.main(gpu_memory=gpu_memory)
+    _tool("check").main(gpu_memory=gpu_memory)
 
 
 @app.command(rich_help_panel=TOOLS)
 def results() -> None:
     """Print the result table of the last run."""
     prepare_process()
-    from stages.core.table import print_results
-
-    print_results()
+    import_module("stages.page.table").print_results()
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -154,19 +123,13 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what `dvc repro` would run, why, what may follow, and how long it took last time."""
-    _begin()
-    from stages.tools import plan as tool
-
-    tool.main(targets or [], as_json)
+    _tool("plan").main(targets or [], as_json)
 
 
 @app.command(rich_help_panel=TOOLS)
 def runs(versions: Annotated[bool, typer.Option(help="Show package versions too.")] = False) -> None:
     """List the stages run on this machine: when, how long, how much memory."""
-    prepare_process()
-    from stages.tools import runs as tool
-
-    tool.main(versions)
+    _tool("runs").main(versions)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -185,10 +148,8 @@ def grade(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Grade a log of completions from anywhere, and print its metrics."""
-    prepare_process()
-    from stages.tools import grade as tool
-
-    tool.main(files, tool.Fields(completion, gold, question, id), out, skip_bad, as_json)
+    tool = _tool("grade")
+    tool.main(files, tool.FieldNames(completion, gold, question, id), out, skip_bad, as_json)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -203,10 +164,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
 ) -> None:
     """Compare two graded logs of the same questions, with paired statistics."""
-    prepare_process()
-    from stages.tools import compare as tool
-
-    tool.main(a, b, id, correct, show, as_json)
+    _tool("compare").main(a, b, id, correct, show, as_json)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -222,29 +180,18 @@ def ask(
     ] = None,
 ) -> None:
     """Put a question to a policy, and see its solution as it is written."""
-    _begin()
-    from stages.tools import ask as tool
-
-    tool.main(question, policy, temperature, seed, max_new_tokens)
+    _tool("ask").main(question, policy, temperature, seed, max_new_tokens)
 
 
 @app.command(rich_help_panel=TOOLS)
 def explain(
     question_id: Annotated[str, typer.Argument(help="A question's id, such as train-00017.")],
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
-        "data/regime_w_rollouts.jsonl"
-    ),
-    pairs: Annotated[
-        Path | None, typer.Option(help=r"Pairs. \[default: data/coherence_preferences.jsonl]")
-    ] = None,
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = SCORED,
     text: Annotated[bool, typer.Option("--text", help="Show the texts too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
 ) -> None:
     """Show one question: what was read of its trajectories, their scores, rewards and pairs."""
-    prepare_process()
-    from stages.tools import explain as tool
-
-    tool.main(question_id, rollouts, pairs, text, as_json)
+    _tool("explain").main(question_id, rollouts, text, as_json)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -253,34 +200,23 @@ def pairs(
     kind: Annotated[str | None, typer.Option(help="coherence or correctness; both otherwise.")] = None,
     question: Annotated[str | None, typer.Option(help="Only pairs of this question's id.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed, other pairs.")] = 0,
-    pairs: Annotated[Path, typer.Option(help="The file of pairs.")] = Path(
-        "data/coherence_preferences.jsonl"
-    ),
+    pairs: Annotated[Path, typer.Option(help="The file of pairs.")] = PAIRS,
 ) -> None:
     """Show some preference pairs side by side, with what differs marked."""
-    prepare_process()
-    from stages.tools import pairs as tool
-
-    tool.main(pairs, sample, kind, question, seed)
+    _tool("pairs").main(pairs, sample, kind, question, seed)
 
 
 @app.command(rich_help_panel=TOOLS)
 def suspects(
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = Path(
-        "data/regime_w_rollouts.jsonl"
-    ),
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = SCORED,
     limit: Annotated[int, typer.Option(min=1, help="How many questions to show.")] = 20,
     from_: Annotated[
         float | None,
         typer.Option("--from", min=0, max=1, help=r"Threshold. \[default: regime_w.suspect_from]"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
 ) -> None:
     """List the questions whose gold label is suspect, with the evidence."""
-    prepare_process()
-    from stages.tools import suspects as tool
-
-    tool.main(rollouts, limit, from_, as_json)
+    _tool("suspects").main(rollouts, limit, from_)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -290,10 +226,7 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
 ) -> None:
     """Show where a pair or an answer came from: adapters, pairs, trajectories, arms, seeds; every link checked."""
-    prepare_process()
-    from stages.tools import trace as tool
-
-    tool.main(name, text, as_json)
+    _tool("trace").main(name, text, as_json)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -308,10 +241,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
 ) -> None:
     """Merge a policy's adapter into a model folder that any server can load, with a model card."""
-    _begin()
-    from stages.tools import export as tool
-
-    tool.main(folder, policy, precision, max_shard_size, questions, force)
+    _tool("export").main(folder, policy, precision, max_shard_size, questions, force)
 
 
 remote_app = typer.Typer(no_args_is_help=True, help="The private storage of the artifacts.")
@@ -326,24 +256,12 @@ def remote_check(
     objects: Annotated[
         bool, typer.Option("--objects/--no-objects", help="Hash the objects of dvc.lock that are there.")
     ] = True,
-    sample: Annotated[
-        int | None, typer.Option(min=1, help="Hash only so many of them, drawn by chance.")
-    ] = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="Send missing and corrupt ones again from this machine.")
     ] = False,
 ) -> None:
     """Check that a remote is allowed and private, that it works, and that what was pushed is whole."""
-    prepare_process(network=True)
-    from stages.tools import remote as tool
-
-    tool.main(name, objects, sample, repair)
-
-
-def _begin(network: bool = False) -> None:
-    """Settle the process, and check all parameters before the slow imports."""
-    prepare_process(network)
-    load_params()
+    _tool("remote", network=True).main(name, objects, repair)
 
 
 def main() -> None:

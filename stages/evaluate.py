@@ -1,4 +1,4 @@
-"""Evaluation on GSM8K Platinum: one greedy completion a question, and `evaluate.samples` drawn ones.
+"""Evaluation on GSM8K Platinum: one greedy completion for each question, and `evaluate.samples` drawn ones.
 
 A row of data/platinum_eval/<policy>.jsonl:
 
@@ -9,32 +9,26 @@ A row of data/platinum_eval/<policy>.jsonl:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from stages.core.answers import read_answer, same_answer
-from stages.core.generation import complete
-from stages.core.launch import fix_arithmetic
-from stages.core.paths import ADAPTERS, BASE
-from stages.core.policy import load_tokenizer
-from stages.core.prompts import prompt_ids
-from stages.core.records import read_jsonl, write_json, write_jsonl
-from stages.core.stage import stage_run
-from stages.core.stats import summarise
-from stages.engine.base import Request, request_seed
-from stages.engine.choose import open_engine
-
-PLATINUM = Path("data/gsm8k/platinum.jsonl")
+from stages.engine.open import open_engine
+from stages.policy.adapter import load_tokenizer
+from stages.policy.complete import complete
+from stages.policy.request import Request, request_seed
+from stages.run.files import read_jsonl, write_json, write_jsonl
+from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, PLATINUM_METRICS
+from stages.run.process import fix_arithmetic
+from stages.run.stage import stage_run
+from stages.stats.one import summarise
+from stages.text.prompts import prompt_ids
+from stages.text.verdict import sample_verdict, verdict
 
 
 def main(policy: str) -> None:
     """Evaluate one policy: `base`, `sft` or `dpo`."""
     adapter = ADAPTERS[policy]
-    rows_file, metrics_file = (
-        Path(f"data/platinum_eval/{policy}.jsonl"),
-        Path(f"metrics/platinum/{policy}.json"),
-    )
-    details_file = Path(f"metrics/platinum_details/{policy}.json")
+    rows_file = PLATINUM_EVAL / f"{policy}.jsonl"
+    metrics_file, details_file = PLATINUM_METRICS / f"{policy}.json", PLATINUM_DETAILS / f"{policy}.json"
     with stage_run(
         "evaluate",
         variant=policy,
@@ -53,16 +47,10 @@ def main(policy: str) -> None:
             prompt = tuple(prompt_ids(tokenizer, run.params.prompt, problem["question"]))
             requests.append(Request(f"{problem['id']}/greedy", prompt, spec.max_new_tokens))
             for k in range(spec.samples):
-                own_seed = request_seed(seed, "evaluate", problem["id"], str(k))
-                sample = Request(
-                    f"{problem['id']}/{k}",
-                    prompt,
-                    spec.max_new_tokens,
-                    spec.temperature,
-                    spec.top_p,
-                    own_seed,
+                name, own_seed = f"{problem['id']}/{k}", request_seed(seed, "evaluate", problem["id"], str(k))
+                requests.append(
+                    Request(name, prompt, spec.max_new_tokens, spec.temperature, spec.top_p, own_seed)
                 )
-                requests.append(sample)
 
         # Generation, journalled.
         with run.journal() as journal:
@@ -75,7 +63,7 @@ def main(policy: str) -> None:
                 completions = complete(engine, tokenizer, requests, journal, advance, opening)
 
         # Verdicts and metrics.
-        rows = [_row(problem, completions, spec.samples) for problem in problems]
+        rows = [build_row(problem, completions, spec.samples) for problem in problems]
         write_jsonl(rows_file, rows)
         metrics = summarise(rows, seed)
         write_json(details_file, metrics)
@@ -89,35 +77,22 @@ def headline_names(samples: int) -> list[str]:
     return ["accuracy", "accuracy_low", "accuracy_high", "flexible", *drawn, "truncated", "leak"]
 
 
-def _row(problem: dict[str, Any], completions: dict[str, dict[str, Any]], samples: int) -> dict[str, Any]:
+def build_row(
+    problem: dict[str, Any], completions: dict[str, dict[str, Any]], samples: int
+) -> dict[str, Any]:
+    """The graded row of one question, with its samples if any were drawn."""
+    question, gold = problem["question"], problem["gold"]
     greedy = completions[f"{problem['id']}/greedy"]
-    gold = problem["gold"]
-    reading = read_answer(greedy["text"], problem["question"])
-    row = {
-        "id": problem["id"],
-        "question": problem["question"],
-        "gold": gold,
-        "completion": greedy["text"],
-        "answer": reading.answer,
-        "correct": same_answer(reading.answer, gold),
-        "flexible_answer": reading.flexible_answer,
-        "flexible_correct": same_answer(reading.flexible_answer, gold),
-        "tokens": greedy["tokens"],
-        "finish": greedy["finish"],
-        "leak": reading.leak,
-        "answers_found": reading.found,
-    }
+    row = {"id": problem["id"], "question": question, "gold": gold}
+    row |= verdict(greedy["text"], gold, question, greedy["tokens"], greedy["finish"])
     if samples:
-        row["samples"] = [_sample(completions[f"{problem['id']}/{k}"], problem) for k in range(samples)]
+        drawn = [completions[f"{problem['id']}/{k}"] for k in range(samples)]
+        row["samples"] = [
+            {
+                **sample_verdict(one["text"], gold, question),
+                "tokens": one["tokens"],
+                "finish": one["finish"],
+            }
+            for one in drawn
+        ]
     return row
-
-
-def _sample(drawn: dict[str, Any], problem: dict[str, Any]) -> dict[str, Any]:
-    answer = read_answer(drawn["text"], problem["question"]).answer
-    return {
-        "completion": drawn["text"],
-        "answer": answer,
-        "correct": same_answer(answer, problem["gold"]),
-        "tokens": drawn["tokens"],
-        "finish": drawn["finish"],
-    }

@@ -1,7 +1,7 @@
 """Copy one policy's metrics to fixed paths, which `dvc metrics diff` and `dvc plots diff` compare.
 
-`headline.policy` says whose: two experiments that differ only there give SFT against DPO by DVC's commands.
-metrics/headline.csv has the shares among the metrics, a line each, for one bar a policy:
+`headline.policy` names the policy. Two experiments that differ only in it compare SFT with DPO by DVC's own commands.
+metrics/headline.csv has one line for each metric that is a share, so that DVC can draw it as a bar:
 
     metric,share
     accuracy,0.7402812241521919
@@ -13,17 +13,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from stages.core.errors import UserError
-from stages.core.params import load_params
-from stages.core.records import atomic_write, read_json, write_json
-from stages.core.stage import stage_run
-
-METRICS = Path("metrics/platinum")
-OUT = Path("metrics/headline.json")
-PLOT = Path("metrics/headline.csv")
+from stages.run.errors import UserError
+from stages.run.files import atomic_write, read_json, write_json
+from stages.run.params import load_params
+from stages.run.paths import HEADLINE, HEADLINE_PLOT, PLATINUM_METRICS
+from stages.run.stage import stage_run
 
 
-def main(metrics: Path = METRICS, out: Path = OUT, plot: Path = PLOT) -> None:
+def main(metrics: Path = PLATINUM_METRICS, out: Path = HEADLINE, plot: Path = HEADLINE_PLOT) -> None:
     """Copy `<metrics>/<headline.policy>.json` to `out`, and its shares to `plot`.
 
     Raises UserError when that policy was not evaluated, or its file is damaged or is not a policy's metrics.

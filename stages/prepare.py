@@ -1,40 +1,28 @@
-"""Write this run's questions: `data/gsm8k/{train,valid,platinum}.jsonl`, from hub, files or generator.
+"""Write this run's questions to `data/gsm8k/{train,valid,platinum}.jsonl`, from the hub, from files or generated.
 
     {"id": "train-00017", "question": "Ann has 3 bags ...", "answer": "... #### 10", "gold": "10"}
 
-An id is the row's place in its source, so it stays when cleaning drops other rows. A doubled question is
-kept once. A generated row whose answer was made wrong on purpose (`data.wrong_labels`) also has `planted: true`:
-no stage learns from that field, it only tells how well suspect labels are found. What train shares with Platinum
-is taken out of train (the whole question, or 13 words in a row, as in the GPT-3 paper, appendix C), and every
-removal is counted in `metrics/data.json`.
+An id is the row's place in its source, so it does not change when cleaning drops other rows. A question that occurs
+twice is kept once. A training question that is also in Platinum (all of it, or 13 words in a row) is removed. Every
+removal is counted in `metrics/data.json`. A generated row with a deliberately wrong answer (`data.wrong_labels`) has
+`planted: true`. No stage learns from that field. It only serves to measure how well suspect labels are found.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from stages.core.answers import gold_answer
-from stages.core.errors import UserError
-from stages.core.params import FilesData, GeneratedData, HubData, HubDataset, load_params
-from stages.core.records import read_numbered_jsonl, write_json, write_jsonl
-from stages.core.stage import atomic_folder, stage_run
+from stages.run.errors import UserError
+from stages.run.files import atomic_folder, read_numbered_jsonl, write_json, write_jsonl
+from stages.run.params import FilesData, GeneratedData, HubData, HubDataset, load_params
+from stages.run.paths import DATA_METRICS, PROBLEMS
+from stages.run.stage import stage_run
+from stages.text.rows import FIELDS, GRAM, Cleaner, Overlap, Row, checked_row
 from stages.tiny.problems import Split, mislabelled, problems
-
-OUT = Path("data/gsm8k")
-METRICS = Path("metrics/data.json")
-FIELDS = ("question", "answer")
-GRAM = 13
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -44,12 +32,14 @@ def main() -> None:
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; data.train and data.platinum name JSONL files")
-    with stage_run("prepare", sections=("data", "seed"), inputs=inputs, outputs=[OUT, METRICS]) as run:
+    with stage_run(
+        "prepare", sections=("data", "seed"), inputs=inputs, outputs=[PROBLEMS, DATA_METRICS]
+    ) as run:
         splits, counts = make_splits(data, run.params.seed)
-        with atomic_folder(OUT) as folder:
+        with atomic_folder(PROBLEMS) as folder:
             for name, rows in splits.items():
                 write_jsonl(folder / f"{name}.jsonl", rows)
-        write_json(METRICS, counts)
+        write_json(DATA_METRICS, counts)
         removed = {
             "doubled": counts["duplicates_train"] + counts["duplicates_platinum"],
             "in Platinum": counts["overlap_exact"],
@@ -57,20 +47,18 @@ def main() -> None:
         }
         what = ", ".join(f"{n} {why}" for why, n in removed.items() if n) or "nothing"
         run.say(", ".join(f"{len(rows):,} {name}" for name, rows in splits.items()) + f"; removed: {what}")
-        if counts["conflicting_golds"]:
-            run.say(
-                f"{counts['conflicting_golds']} doubled questions had another answer; the first one was kept"
-            )
+        if conflicts := counts["conflicting_golds"]:
+            run.say(f"{conflicts} doubled questions had another answer; the first one was kept")
 
 
 def make_splits(
     data: GeneratedData | HubData | FilesData, seed: int
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """The rows of train, valid and platinum, and what `metrics/data.json` says of them.
+    """The rows of train, valid and platinum, and the counts for `metrics/data.json`.
 
-    Generated train and valid are drawn until they are full; else `data.valid` rows are taken out of train.
-    Counts named `train` cover train and valid together, as far as they say what was read or removed.
-    Raises UserError when a row is not usable, or too few are left.
+    The generator makes as many rows as are wanted. From other sources, `data.valid` rows are taken out of train. What
+    was read or removed is counted for train and valid together. Raises UserError for an unusable row, or when too few
+    rows are left.
     """
     if isinstance(data, GeneratedData):
         platinum_cleaner = Cleaner()
@@ -88,7 +76,7 @@ def make_splits(
                 f"data: {len(rows)} training and {len(platinum)} Platinum rows are left after cleaning; "
                 f"data.valid takes {data.valid} of the training rows, and some of each must remain"
             )
-        chosen = choose(rows, data.valid, seed)
+        chosen = pick_validation(rows, data.valid, seed)
         train = [row for row in rows if row["id"] not in chosen]
         valid = [row for row in rows if row["id"] in chosen]
     counts = {
@@ -108,10 +96,10 @@ def make_splits(
     return {"train": train, "valid": valid, "platinum": platinum}, counts
 
 
-def choose(rows: Iterable[Row], count: int, seed: int) -> set[str]:
+def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
     """The ids of `count` rows for validation: those with the smallest hash of (seed, id).
 
-    A row's rank does not depend on the others: where k rows come or go, at most k of the chosen change.
+    A row's hash does not depend on other rows. When k rows come or go, at most k of the chosen ones change.
     """
 
     def rank(identity: str) -> bytes:
@@ -120,69 +108,24 @@ def choose(rows: Iterable[Row], count: int, seed: int) -> set[str]:
     return set(sorted((row["id"] for row in rows), key=rank)[:count])
 
 
-def normalise(text: str) -> str:
-    """`text` as compared with others: Unicode NFKC, case folded, only its words, one space between them."""
-    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
-
-
-def grams(text: str) -> set[str]:
-    """All runs of 13 words of a normalised text; none when it is shorter."""
-    words = text.split()
-    return {" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
-
-
-class Overlap:
-    """What a question may not share with the held-out rows."""
-
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self.texts = {normalise(row["question"]) for row in rows}
-        self.grams: set[str] = set().union(*map(grams, self.texts))
-
-
-@dataclass
-class Cleaner:
-    """Drops what was seen before and what is held out, and counts it."""
-
-    overlap: Overlap = field(default_factory=Overlap)
-    counts: Counter[str] = field(default_factory=Counter)
-    golds: dict[str, str] = field(default_factory=dict)  # by normalised question
-
-    def clean(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """Yield the rows to keep, in order."""
-        for row in rows:
-            self.counts["read"] += 1
-            text = normalise(row["question"])
-            if text in self.golds:
-                self.counts["duplicates"] += 1
-                self.counts["conflicts"] += row["gold"] != self.golds[text]
-                continue
-            self.golds[text] = row["gold"]
-            if text in self.overlap.texts:
-                self.counts["exact"] += 1
-            elif not self.overlap.grams.isdisjoint(grams(text)):
-                self.counts["gram"] += 1
-            else:
-                yield row
-
-
 def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[Row]:
     for place, problem in enumerate(problems(split, seed)):
         rng = random.Random(f"{seed}/{split}/label/{place}")
         planted = rng.random() < wrong_labels
         answer = mislabelled(problem, rng) if planted else problem.answer
-        row = _row(f"{split}-{place:05d}", problem.question, answer, f"generated {split} problem {place}")
+        where = f"generated {split} problem {place}"
+        row = checked_row(f"{split}-{place:05d}", problem.question, answer, where)
         yield {**row, "planted": True} if planted else row
 
 
 def _read(source: str | HubDataset, split: str) -> Iterator[Row]:
-    records = _from_hub(source) if isinstance(source, HubDataset) else _from_file(Path(source))
+    if isinstance(source, HubDataset):
+        records = _from_hub(source)
+    else:
+        lines = read_numbered_jsonl(Path(source), dict.fromkeys(FIELDS, str))
+        records = ((f"{source}:{number}", record) for number, record in lines)
     for place, (where, record) in enumerate(records):
-        yield _row(f"{split}-{place:05d}", record["question"], record["answer"], where)
-
-
-def _from_file(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, record in read_numbered_jsonl(path, dict.fromkeys(FIELDS, str)):
-        yield f"{path}:{number}", record
+        yield checked_row(f"{split}-{place:05d}", record["question"], record["answer"], where)
 
 
 def _from_hub(source: HubDataset) -> Iterator[tuple[str, Row]]:
@@ -191,7 +134,7 @@ def _from_hub(source: HubDataset) -> Iterator[tuple[str, Row]]:
     name = f"{source.id} ({source.config}, {source.split})"
     try:
         table = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # whatever datasets, the hub's client and the network below them may raise
+    except Exception as error:  # datasets, the hub's client and the network raise errors of many classes
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name}: cannot be loaded at revision {source.revision[:12]} "
@@ -205,20 +148,3 @@ def _from_hub(source: HubDataset) -> Iterator[tuple[str, Row]]:
         )
     for place, record in enumerate(table):
         yield f"{name} row {place}", record
-
-
-def _row(identity: str, question: object, answer: object, where: str) -> Row:
-    for name, value in zip(FIELDS, (question, answer), strict=True):
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: field '{name}' is empty or not text ({value!r:.60})")
-        if not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise UserError(
-                f"{where}: field '{name}' holds half a character (a lone surrogate); repair the text"
-            )
-    gold = gold_answer(str(answer)) if "####" in str(answer) else None
-    if gold is None:
-        raise UserError(
-            f"{where}: field 'answer' must end in '#### ' and a number, found {str(answer).strip()[-40:]!r}; "
-            "correct or remove this row"
-        )
-    return {"id": identity, "question": question, "answer": answer, "gold": gold}

@@ -7,35 +7,31 @@ completion  Ann starts with <<3*4=12>>12 apples. ... #### 10 </s>     (loss, the
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from stages.core.errors import UserError
-from stages.core.launch import fix_arithmetic
-from stages.core.paths import BASE, SFT_ADAPTER
-from stages.core.policy import adapter_config, adapter_weights, load_base, save_adapter
-from stages.core.processes import train_everywhere
-from stages.core.prompts import completion_ids, completion_text, prompt_ids
-from stages.core.records import read_jsonl
-from stages.core.stage import StageRun, atomic_folder, stage_run
-from stages.core.training import (
+from stages.launch.attempt import fit_rows
+from stages.launch.training import train_everywhere
+from stages.policy.adapter import adapter_config, adapter_weights, load_base, save_adapter
+from stages.run.errors import UserError
+from stages.run.files import atomic_folder, read_jsonl
+from stages.run.paths import BASE, SFT_ADAPTER, SFT_CURVE, TRAIN
+from stages.run.process import fix_arithmetic
+from stages.run.resume import newest_checkpoint, step_of
+from stages.run.stage import StageRun, stage_run
+from stages.text.prompts import completion_ids, completion_text, prompt_ids
+from stages.train.trainer import (
     InputsAsTheyAre,
     Progress,
     assert_trainable,
-    newest_checkpoint,
-    step_of,
     total_steps,
     trainer_arguments,
     training_set,
     write_curve,
 )
-
-TRAIN = Path("data/gsm8k/train.jsonl")
-CURVE = Path("metrics/curves/sft.csv")
 
 
 class RowTrainer(InputsAsTheyAre, SFTTrainer):
@@ -45,13 +41,16 @@ class RowTrainer(InputsAsTheyAre, SFTTrainer):
 def main() -> None:
     """Train the SFT adapter from the base model and the training problems."""
     with stage_run(
-        "sft", sections=("sft", "prompt", "seed"), inputs=[TRAIN, BASE], outputs=[SFT_ADAPTER, CURVE]
+        "sft", sections=("sft", "prompt", "seed"), inputs=[TRAIN, BASE], outputs=[SFT_ADAPTER, SFT_CURVE]
     ) as run:
         train_everywhere("stages.sft:train", run, run.params.sft.batch)
 
 
-def train(run: StageRun) -> None:
-    """Train in this process, alone or as one of several; the first one writes the outputs."""
+def train(run: StageRun, most_rows: int | None) -> None:
+    """Train in this process, alone or as one of several; the first one writes the outputs.
+
+    `most_rows` limits the rows of one forward pass (None: as many as fit).
+    """
     spec, seed = run.params.sft, run.params.seed
     fix_arithmetic(run.params.hardware.threads, seed)
 
@@ -75,12 +74,13 @@ def train(run: StageRun) -> None:
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)
     lengths = [len(row["input_ids"]) for row in rows]
-    arguments = trainer_arguments(spec, run, model, max(lengths))
+    rows_at_once = fit_rows(run, spec, model, max(lengths), most_rows)
+    arguments = trainer_arguments(spec, seed, model, rows_at_once, run.work)
     with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
         trainer = RowTrainer(
             model=model,
             args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-            train_dataset=training_set(rows, lengths, spec, run, arguments),
+            train_dataset=training_set(rows, lengths, spec, seed, rows_at_once.micro_batch),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],
         )
@@ -91,7 +91,7 @@ def train(run: StageRun) -> None:
     if not trainer.is_world_process_zero():
         return
     columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "grad_norm": "grad_norm"}
-    write_curve(trainer.state.log_history, {**columns, "learning_rate": "learning_rate"}, CURVE)
+    write_curve(trainer.state.log_history, {**columns, "learning_rate": "learning_rate"}, SFT_CURVE)
     with atomic_folder(SFT_ADAPTER) as folder:
         save_adapter(adapter_weights(model), adapter_config(model), folder)
     skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
@@ -101,7 +101,7 @@ def train(run: StageRun) -> None:
 
 
 def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
-    """Tokenized training rows (`input_ids`, and `labels` with -100 on the prompt), and how many were too long."""
+    """The training rows as tokens (`input_ids`, and `labels` with -100 on the prompt), and how many were too long."""
     spec, prompt = run.params.sft, run.params.prompt
     rng = random.Random(f"{run.params.seed}/sft")
     problems = list(read_jsonl(TRAIN, {"question": str, "answer": str}))

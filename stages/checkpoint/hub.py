@@ -1,11 +1,12 @@
-"""A model's files from the hub, at a pinned commit, kept in the hub's own cache folder.
+"""Downloads a model's files from the hub, at a pinned commit, into the hub's own cache folder.
 
     repository = Repository(spec, say=print)
-    repository.names                                # what lies there, at the top level
-    repository.fetch(["config.json"], advance)      # each file whole, with the hash the hub announced
+    repository.names                                # the files at the repository's top level
+    repository.fetch(["config.json"], advance)      # downloads them and checks their hashes
 
-`huggingface_hub` speaks to the hub, but version 2 throws away half a file when its process ends. So a file is
-written here to `blobs/<hash>.incomplete` in its cache, goes on there after a kill, and is hashed before it counts.
+`huggingface_hub` talks to the hub, but its version 2 throws away a half-downloaded file when its process ends. So this
+module writes each file itself, to `blobs/<hash>.incomplete` in that cache. After a kill it goes on from there, and it
+checks the hash before it uses the file.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ import hashlib
 import io
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from stages.core.errors import UserError
-from stages.core.guard import NO_ROOM
-from stages.core.params import HubModel
-from stages.core.records import sha256_file, sync_folder
+from stages.run.errors import UserError
+from stages.run.files import sha256_file, sync_folder
+from stages.run.guard import NO_ROOM
+from stages.run.params import HubModel
 
 ANSWER_SECONDS = 30.0  # how long the hub may take to say what a repository holds
-Advance = Callable[[int], object]  # told how many bytes came
+Advance = Callable[[int], object]  # is called with the number of bytes that have just come
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class HubFile:
 class Repository:
     """The files of one model at one commit.
 
-    What the cache holds is used; the rest is downloaded. When the hub cannot be asked, a cache that holds all that is
-    wanted will do. Raises UserError when the commit, the model or the network is not there.
+    Files that the cache holds are not downloaded again. When the hub cannot be reached, a complete cache is enough.
+    Raises UserError when the model or the commit does not exist, or when the network is needed and missing.
     """
 
     def __init__(self, spec: HubModel, say: Callable[[str], None]) -> None:
@@ -54,7 +54,7 @@ class Repository:
         from huggingface_hub.file_download import repo_folder_name
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # what goes wrong is told below, in one line
+        logging.set_verbosity_error()  # errors are reported below, in one line each
         self.spec = spec
         self._say = say
         self._token = read_token()
@@ -63,7 +63,7 @@ class Repository:
         )
         self.folder = storage / "snapshots" / spec.revision
         self._blobs = storage / "blobs"
-        self.trouble: UserError | None = None  # why the hub could not be asked
+        self.trouble: UserError | None = None  # why the hub could not be reached
         try:
             self._files = self._ask()
         except UserError as trouble:
@@ -75,11 +75,11 @@ class Repository:
 
     @property
     def names(self) -> list[str]:
-        """Names of the files at the repository's top level."""
+        """The files at the repository's top level."""
         return sorted(self._files)
 
     def missing_bytes(self, names: Iterable[str]) -> int:
-        """How much of these files is still to be downloaded."""
+        """Bytes of these files that are not downloaded yet."""
         missing = 0
         for file in map(self._find, names):
             if not (self.folder / file.name).is_file() and not self._blob(file).is_file():
@@ -88,7 +88,7 @@ class Repository:
         return missing
 
     def fetch(self, names: Iterable[str], advance: Advance) -> None:
-        """Have these files whole in `folder`. A damaged one is fetched anew."""
+        """Download what is missing of these files, so that all of them lie in `folder`. A damaged one is replaced."""
         for file in map(self._find, names):
             place, blob = self.folder / file.name, self._blob(file)
             with self._explained(file.name):
@@ -114,7 +114,7 @@ class Repository:
         )
 
     def _ask(self) -> dict[str, HubFile]:
-        """What the hub says the repository holds."""
+        """Ask the hub which files the repository holds."""
         from huggingface_hub import HfApi
 
         with self._explained():
@@ -128,7 +128,7 @@ class Repository:
         files = {}
         for one in info.siblings or []:
             size, digest = (one.lfs.size, one.lfs.sha256) if one.lfs else (one.size, one.blob_id)
-            # Both become names of files here, so nothing but plain names may pass.
+            # Names and hashes become file names here, so only plain ones are accepted.
             if "/" in one.rfilename or one.rfilename.startswith(".") or size is None:
                 continue
             if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest or ""):
@@ -136,10 +136,10 @@ class Repository:
         return files
 
     def _cached(self) -> Iterator[tuple[str, HubFile]]:
-        """What the cache holds; it names the content by its hash and links to it."""
+        """The files in the cache. The cache stores the content under its hash, and links to it by name."""
         for place in self.folder.iterdir():
             if place.is_file():
-                # What it links to may be a link again, to another name.
+                # Only one step of the link is followed: the blob may itself be a link to a file with another name.
                 digest = place.readlink().name if place.is_symlink() else ""
                 yield place.name, HubFile(place.name, place.stat().st_size, digest)
 
@@ -155,8 +155,8 @@ class Repository:
         from huggingface_hub.utils import build_hf_headers
 
         url = hf_hub_url(self.spec.id, file.name, revision=self.spec.revision)
-        # Compressed on the way, a file could not be gone on with. Where the hub sends us on to another host, the
-        # client keeps the token from it.
+        # A compressed download could not be resumed. When the hub redirects to another host, the client does not send
+        # the token there.
         headers = {**build_hf_headers(token=self._token), "Accept-Encoding": "identity"}
         part = self._part(file)
         self._blobs.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ class Repository:
 
     @contextlib.contextmanager
     def _explained(self, name: str = "") -> Iterator[None]:
-        """Say in one line what the hub or the network had against it. No address is shown: it may hold a signature."""
+        """Turn an error of the hub, the network or the disk into one line. No URL is shown: it may hold a signature."""
         import httpx2
         from huggingface_hub import constants, errors
 
@@ -193,21 +193,20 @@ class Repository:
         host = urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
         sent = "HF_TOKEN's owner may not read it" if self._token else "it is private and HF_TOKEN is not set"
         again = "what has come is kept, so run the same command again" if name else "check the network"
+        owner = "as the owner of HF_TOKEN" if self._token else "and set HF_TOKEN to a token of yours"
+        known = {
+            errors.RevisionNotFoundError: f"model.revision: '{self.spec.id}' has no commit {self.spec.revision}; see "
+            "its page on the hub",
+            errors.GatedRepoError: f"{what} wants its terms accepted: do so on its page on the hub, {owner}",
+            errors.RepositoryNotFoundError: f"{what} is not on {host}, or {sent}",
+            errors.HFValidationError: f"{what} is not a name that a model on the hub can have",
+            errors.OfflineModeIsEnabled: f"{what} is not (whole) in the hub's cache, and HF_HUB_OFFLINE forbids to "
+            "download it",
+        }
         try:
             yield
-        except errors.RevisionNotFoundError:
-            message = f"model.revision: '{self.spec.id}' has no commit {self.spec.revision}; see its page on the hub"
-        except errors.GatedRepoError:
-            message = f"{what} wants its terms accepted: do so on its page on the hub"
-            message += (
-                ", as the owner of HF_TOKEN" if self._token else ", and set HF_TOKEN to a token of yours"
-            )
-        except errors.RepositoryNotFoundError:
-            message = f"{what} is not on {host}, or {sent}"
-        except errors.HFValidationError:
-            message = f"{what} is not a name that a model on the hub can have"
-        except errors.OfflineModeIsEnabled:
-            message = f"{what} is not (whole) in the hub's cache, and HF_HUB_OFFLINE forbids to download it"
+        except tuple(known) as error:
+            message = next(words for kind, words in known.items() if isinstance(error, kind))
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status == 401 and self._token:
@@ -238,7 +237,7 @@ class Repository:
 
 
 class _Counted(io.BufferedWriter):
-    """A file to append to, by one process at a time, that tells how many bytes came."""
+    """A file that one process at a time appends to, and that reports how many bytes were written."""
 
     def __init__(self, path: Path, advance: Advance) -> None:
         super().__init__(io.FileIO(path, "a"))
@@ -258,29 +257,26 @@ class _Counted(io.BufferedWriter):
 
 
 def read_token() -> str | bool:
-    """The token in HF_TOKEN, or False: none is sent, and none is looked for anywhere else."""
+    """The token in HF_TOKEN. False keeps the client from sending one that it finds elsewhere."""
     token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", token):  # the client's own error would print it
+    if not re.fullmatch(r"[\x21-\x7e]*", token):  # the client's own error message would print the token
         raise UserError("HF_TOKEN: holds a space or another character that no token has; set it again")
     return token or False
 
 
 def intact(path: Path, file: HubFile) -> bool:
-    """Whether a file has the size and the hash the hub announced (of a copied cache only the size may be known)."""
+    """Whether a file has the size and the hash that the hub announced. Files copied out of a cache have no hash."""
     if path.stat().st_size != file.size:
         return False
     if re.fullmatch(r"[0-9a-f]{64}", file.digest):
         return sha256_file(path) == file.digest
-    if re.fullmatch(r"[0-9a-f]{40}", file.digest):  # git hashes a file with its type and size before it
+    if re.fullmatch(r"[0-9a-f]{40}", file.digest):  # git's hash covers the type and the size as well
         return hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes()).hexdigest() == file.digest
     return True
 
 
 def link(blob: Path, place: Path) -> None:
-    """Make `place` lead to `blob`, as the hub's client does; a file system without links gets a copy."""
+    """Link `place` to `blob`, as the hub's own client does."""
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
-    try:
-        place.symlink_to(os.path.relpath(blob, place.parent))
-    except OSError:
-        shutil.copyfile(blob, place)
+    place.symlink_to(os.path.relpath(blob, place.parent))

@@ -1,15 +1,16 @@
-"""Weights as they are published, rewritten as safetensors of one precision, a piece at a time.
+"""Rewrites published weights as safetensors of one precision, a piece at a time.
 
-    files, index = choose(names)            # safetensors where there are some, else pickles
-    pieces = plan(folder, files, model)     # every tensor looked at: its name, shape and type
+    pieces = divide_all(folder, files, expected, dtype)  # checks every tensor's name, shape and type
     paths = convert(run, folder, pieces, torch.bfloat16)
+    write_index(target, paths, pieces, parameters)
 
-A piece holds at most 1 GB of one file's tensors, and only one is in memory. A finished piece is noted with its hash, so
-that a run which was cut off goes on after it. Pickles are read by `torch.load(weights_only=True)`, which runs no code.
+A piece holds at most 1 GB of one file's tensors, and only one piece is in memory. The hash of each finished piece is
+noted, so that a killed run goes on after it. Pickles are read by `torch.load(weights_only=True)`, which runs no code.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -23,17 +24,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from stages.core.errors import UserError
-from stages.core.records import read_json, sha256_file, sync_folder
-from stages.core.stage import StageRun
+from stages.run.errors import UserError
+from stages.run.files import read_json, sha256_file, sync_folder
+from stages.run.stage import StageRun
 
-PIECE_BYTES = 1_000_000_000  # of output; what is in memory at once is about four times that for fp32 sources
+PIECE_BYTES = 1_000_000_000  # of output; converting fp32 weights takes about four times as much memory
 MB = 1_000_000
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-# Older checkpoints hold them; models compute them. Other tensors that a model ignores are named by its class.
+# Older checkpoints store these tensors, though models compute them. A model's class names others that it ignores.
 COMPUTED = r"rotary_emb\.inv_freq"
-POINTER = b"version https://git-lfs"  # what lies in place of a large file when git-lfs did not fetch it
+POINTER = b"version https://git-lfs"  # stands in for a large file that git-lfs has not fetched
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,6 @@ class Piece:
     bytes: int
 
 
-def choose(names: Iterable[str]) -> str | None:
-    """The index or the single file that holds the weights, safetensors before pickles; None when there is neither."""
-    present = set(names)
-    return next((name for name in (SAFE_INDEX, SAFE, PICKLE_INDEX, PICKLE) if name in present), None)
-
-
 def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from the index of a sharded checkpoint."""
     index = read_json(path)
@@ -58,28 +53,24 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path}: has no weight_map; get the file anew")
     for file in found.values():
-        # An index from elsewhere must not lead out of its folder.
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith((".safetensors", ".bin"))
-        ):
+        # A downloaded index must not point out of its folder.
+        if not isinstance(file, str) or not re.fullmatch(r"[^/]+\.(safetensors|bin)", file):
             raise UserError(f"{path}: names {file!r:.80}, which is not a file of weights beside it")
     return found
 
 
 class Expected:
-    """The tensors a model of this config has, from one built without memory for its weights."""
+    """The tensors that a model of this config has, read from one that was built on torch's `meta` device."""
 
     def __init__(self, model: Any) -> None:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        tied = model.all_tied_weights_keys
         self.tied = {copy: source for copy, source in tied.items() if copy in self.shapes}
         self._ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), COMPUTED]
 
     @property
     def written(self) -> dict[str, tuple[int, ...]]:
-        """What is written: every tensor once, tied ones under their source's name."""
+        """The tensors to write: each once, tied ones under their source's name."""
         return {name: shape for name, shape in self.shapes.items() if name not in self.tied}
 
     def bytes(self, dtype: torch.dtype) -> int:
@@ -112,8 +103,8 @@ class Expected:
             )
 
 
-def plan(folder: Path, files: Iterable[str], expected: Expected, dtype: torch.dtype) -> list[Piece]:
-    """Look at every tensor of `files` without reading its values, and divide them into pieces.
+def divide_all(folder: Path, files: Iterable[str], expected: Expected, dtype: torch.dtype) -> list[Piece]:
+    """Check every tensor of `files` without reading its values, and divide the tensors into pieces.
 
     Raises UserError when a file is missing, damaged or holds code, or when the tensors are not the model's.
     """
@@ -153,7 +144,7 @@ def plan(folder: Path, files: Iterable[str], expected: Expected, dtype: torch.dt
 def divide(
     file: str, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> list[Piece]:
-    """The tensors of one file, in its order, in pieces of at most PIECE_BYTES (a larger tensor is one by itself)."""
+    """Divide the tensors of one file, in order, into pieces of at most PIECE_BYTES. A larger tensor is one piece."""
     pieces: list[Piece] = []
     group: list[str] = []
     total = 0
@@ -168,9 +159,9 @@ def divide(
 
 
 def load(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file of weights; they are read from the disk when they are used.
+    """All tensors of a file of weights. Their values are read from the disk when they are used.
 
-    Raises UserError when it is missing, damaged, holds code, or something else than weights.
+    Raises UserError when the file is missing, damaged, or holds code or anything else but weights.
     """
     try:
         with path.open("rb") as file:
@@ -185,7 +176,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
             with safe_open(path, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         else:
-            # Files of before torch 1.6 are no zip archives and have to be read whole.
+            # Files from before torch 1.6 are no zip archives and cannot be mapped into memory.
             archive = start.startswith(b"PK")
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
@@ -209,7 +200,7 @@ def load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def convert(run: StageRun, folder: Path, pieces: list[Piece], dtype: torch.dtype) -> list[Path]:
-    """Write each piece as safetensors into the stage's scratch folder; what an earlier run finished stays.
+    """Write each piece as safetensors into the stage's scratch folder, but for those that an earlier run finished.
 
     Raises UserError when a weight is not a finite number.
     """
@@ -219,7 +210,7 @@ def convert(run: StageRun, folder: Path, pieces: list[Piece], dtype: torch.dtype
         for number, piece in enumerate(pieces, 1):
             name = f"model-{number:05d}-of-{len(pieces):05d}.safetensors" if len(pieces) > 1 else SAFE
             path, source = run.work / name, (folder / piece.source).stat()
-            # Another file may have taken the source's place since.
+            # The key changes when another file takes the source's place.
             key = f"{name} of {piece.source}, {source.st_size} bytes at {source.st_mtime_ns}"
             known = journal.records.get(key)
             if not (known and path.is_file() and sha256_file(path) == known["sha256"]):
@@ -235,7 +226,7 @@ def write_piece(folder: Path, piece: Piece, path: Path, dtype: torch.dtype) -> s
     tensors = load(folder / piece.source)
     converted = {}
     for name in piece.names:
-        # A copy always: tensors may be parts of one another, and safetensors writes each on its own.
+        # Always copied: tensors of a pickle may share memory, which safetensors refuses.
         converted[name] = tensors[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
         if converted[name].numel() and not all(
             math.isfinite(edge.item()) for edge in torch.aminmax(converted[name])
@@ -243,7 +234,7 @@ def write_piece(folder: Path, piece: Piece, path: Path, dtype: torch.dtype) -> s
             raise UserError(
                 f"{folder / piece.source}: {name} holds values that are not numbers; get the file anew"
             )
-    del tensors  # lets go of the pages read
+    del tensors  # frees the memory into which the source was read
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(converted, temporary, metadata={"format": "pt"})
     del converted
@@ -255,6 +246,16 @@ def write_piece(folder: Path, piece: Piece, path: Path, dtype: torch.dtype) -> s
     return digest
 
 
+def write_index(folder: Path, paths: list[Path], pieces: list[Piece], parameters: int) -> None:
+    """Write the index that says which file holds which tensor. A single file needs none."""
+    if len(paths) == 1:
+        return
+    where = {name: path.name for path, piece in zip(paths, pieces, strict=True) for name in piece.names}
+    about = {"total_parameters": parameters, "total_size": sum(piece.bytes for piece in pieces)}
+    text = json.dumps({"metadata": about, "weight_map": where}, indent=2, sort_keys=True) + "\n"
+    (folder / SAFE_INDEX).write_text(text, encoding="utf-8")
+
+
 def finished_bytes(run: StageRun) -> int:
-    """Size of the pieces that lie in the stage's scratch folder."""
+    """Size of the pieces that an earlier run finished."""
     return sum(path.stat().st_size for path in run.work.glob("model*.safetensors"))

@@ -1,19 +1,19 @@
-"""Who does which piece of work: shared by the engines of one host's processes and of a cluster's workers.
+"""Hands out pieces of work to workers: the processes of one host, or the actors of a cluster.
 
     work = HandOut(requests, done, hardware, workers=2)
     while work.open:
-        piece = work.next()          # for an idle worker; None when all others are in good hands
+        piece = work.next()          # for an idle worker; None when no piece needs another worker
         send(work.to_do(piece))
         yield from work.take(piece, completions)
         work.finish(piece)           # or work.lost(piece, "signal 9") when its worker is gone
 
-A worker that dies costs its piece only: it goes to another one. A slow or hanging worker costs no more: once
-nothing is waiting, an idle worker begins its piece as well, and whoever is first counts.
+When a worker dies, another one does its piece again. A slow or hanging worker does not hold up the rest either: once no
+piece is waiting, an idle worker starts the same piece, and the first completion of a request counts.
 
-With `hardware.generation_batch` set, the pieces are a single process's batches: the completions are the same, to the
-byte, whoever computes them. With `auto` each engine divides its piece by its own memory, and rounding may differ; the
-pieces are then large and equal, so that GPUs are full and end together, and of one that is begun again only what is
-missing is done.
+With `hardware.generation_batch` set, a piece is a batch of a single process, so the completions are the same to the
+byte whoever computes them. With `auto` each engine divides its piece by its own memory, and rounding may differ. The
+pieces are then large and equal, so that all GPUs are full and finish together, and a piece that is started again does
+only what is missing.
 """
 
 from __future__ import annotations
@@ -23,25 +23,34 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from stages.core.errors import UserError
-from stages.core.params import Hardware
-from stages.engine.base import Completion, Request, plan
+from stages.policy.request import Completion, Request
+from stages.run.errors import UserError
+from stages.run.params import Hardware
 
-ATTEMPTS = 3  # at one piece
-PIECE = 1024  # requests at most, where the engine itself decides what to compute together
+ATTEMPTS = 3  # how many workers may die on one piece
+PIECE = 1024  # most requests of a piece, when the engine divides it into batches itself
 
 
 @dataclass(eq=False)
 class Piece:
-    """Requests that are computed together."""
+    """Some requests that one worker is given."""
 
     requests: list[Request]
-    workers: int = 0  # that do it now
-    losses: int = 0  # workers that ended while they did it
+    workers: int = 0  # how many work on it now
+    losses: int = 0  # how many died while they worked on it
+
+
+def batches(requests: Iterable[Request], size: int) -> list[list[Request]]:
+    """The requests in batches of at most `size`: short prompts first, equal prompts side by side.
+
+    The same requests always give the same batches, whichever of them are already done.
+    """
+    ordered = sorted(requests, key=lambda request: (len(request.prompt), request.prompt))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 class HandOut:
-    """The pieces that are left to do."""
+    """The pieces of some requests, and which of them are waiting, in work or finished."""
 
     def __init__(
         self, requests: Iterable[Request], done: frozenset[str], hardware: Hardware, workers: int
@@ -53,14 +62,16 @@ class HandOut:
             size = max(1, math.ceil(len(requests) / (workers * turns)))
         else:
             size = hardware.generation_batch
-        pieces = [Piece(piece) for piece in plan(requests, size) if any(one.id not in done for one in piece)]
+        pieces = [
+            Piece(piece) for piece in batches(requests, size) if any(one.id not in done for one in piece)
+        ]
         pieces.reverse()  # the longest prompts first, so that no worker is left with them at the end
-        self.open = dict.fromkeys(pieces)  # in the order they were begun
+        self.open = dict.fromkeys(pieces)  # unfinished ones, in the order in which they were started
         self._waiting = deque(pieces)
         self._given = set(done)
 
     def next(self) -> Piece | None:
-        """A piece for an idle worker: one that nobody does, else one that only one worker does."""
+        """A piece for an idle worker: a waiting one, or else one that a single worker has. None if there is neither."""
         if self._waiting:
             piece = self._waiting.popleft()
         else:
@@ -73,22 +84,22 @@ class HandOut:
         return piece
 
     def to_do(self, piece: Piece) -> list[Request]:
-        """What a worker that begins the piece completes: all that is computed together, else what is missing."""
+        """The requests to send to a worker: the whole batch when batches are fixed, else only what is missing."""
         return [one for one in piece.requests if self._together or one.id not in self._given]
 
     def take(self, piece: Piece, completions: Iterable[Completion]) -> Iterator[Completion]:
-        """The completions nobody has given yet; none when the piece is finished or of an earlier call."""
+        """The completions that are new; none when the piece is finished or belongs to an earlier call."""
         for completion in completions if piece in self.open else ():
             if completion.id not in self._given:
                 self._given.add(completion.id)
                 yield completion
 
     def finish(self, piece: Piece) -> None:
-        """All completions of the piece have been taken."""
+        """Mark a piece as finished, once all its completions have been taken."""
         self.open.pop(piece, None)
 
     def lost(self, piece: Piece, why: str) -> None:
-        """Its worker is gone. Raises UserError when that has happened again and again with this piece."""
+        """Put a piece back after its worker died. Raises UserError when ATTEMPTS workers died on it."""
         if piece not in self.open:
             return
         piece.workers -= 1

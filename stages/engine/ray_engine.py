@@ -1,8 +1,8 @@
 """Generation on a Ray cluster: one actor for each GPU, each with its own copy of the policy.
 
-Work is handed out in pieces (handout.py), so a worker that dies or hangs costs its piece only. Another actor takes
-its place when its host is still up, and hosts that join later are used. Completions come back as they finish; the
-one journal is written where `dvc repro` runs.
+The requests are handed out in pieces (handout.py). When an actor dies or hangs, another one does its piece again. A new
+actor takes its place if its host is still up, and hosts that join later are used too. Completions come back as they
+finish. The process that runs `dvc repro` writes the one journal.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from stages.core.errors import UserError
-from stages.core.params import Hardware
-from stages.core.paths import BASE
-from stages.core.ray_cluster import (
+from stages.engine.handout import ATTEMPTS, HandOut, Piece
+from stages.engine.load import load_engine
+from stages.launch.ray_cluster import (
     Place,
     check_hosts,
     describe_problem,
     find_places,
-    project_files,
+    needed_files,
     ray_cluster,
 )
-from stages.core.stage import manifest_path
-from stages.engine.base import Completion, Request
-from stages.engine.handout import ATTEMPTS, HandOut, Piece
+from stages.policy.request import Completion, Request
+from stages.run.errors import UserError
+from stages.run.params import Hardware
+from stages.run.paths import BASE
+from stages.run.process import fix_arithmetic, prepare_process
+from stages.run.stage import manifest_path
 
-SEND_SECONDS = 0.5  # completions of this long travel together
-LOOK_SECONDS = 5.0  # between looks at who is in the cluster
-WAIT_SECONDS = 600.0  # for a cluster without any worker to get one
+SEND_SECONDS = 0.5  # an actor collects completions for so long before it sends them
+LOOK_SECONDS = 5.0  # between two looks at which hosts are in the cluster
+WAIT_SECONDS = 600.0  # how long a cluster may be without any worker
 
 
 @dataclass
 class _Worker:
     place: Place
     actor: Any
-    answer: Any  # what is waited for: that it is loaded, then the stream of a piece's completions
+    answer: Any  # what we wait for: first that it has loaded, then the stream of a piece's completions
     loaded: bool = False
     piece: Piece | None = None
 
@@ -92,7 +94,7 @@ class RayEngine:
                 yield from self._hear(waited[id(answer)], work)
 
     def _hear(self, worker: _Worker, work: HandOut) -> Iterator[Completion]:
-        """What a worker has to say: that it is ready, completions, the end of its piece, or that it is gone."""
+        """Handle a worker's message: it has loaded, sends completions, has finished its piece, or is dead."""
         try:
             if worker.piece is None:
                 self.ray.get(worker.answer)
@@ -114,10 +116,10 @@ class RayEngine:
         yield from work.take(worker.piece, completions)
 
     def _lose(self, worker: _Worker, work: HandOut, why: str) -> None:
-        """Give up a worker; its piece goes to another one."""
+        """Give up a worker and put its piece back."""
         self.workers.remove(worker)
         self.ray.kill(worker.actor)
-        self._looked = 0.0  # look at once who is there
+        self._looked = 0.0  # look at once which hosts are there
         self._failure = why
         if worker.piece is None:
             self._failed_starts[worker.place] += 1
@@ -127,7 +129,7 @@ class RayEngine:
             work.lost(worker.piece, why)
 
     def _fill_places(self, strict: bool = False) -> None:
-        """Start an actor wherever there is a device without one. `strict`: a host that cannot take part is an error."""
+        """Start an actor on every device that has none. `strict`: raise UserError for a host that cannot take part."""
         now = time.monotonic()
         if self.workers:
             self._last_alive = now
@@ -157,7 +159,7 @@ class RayEngine:
             )
 
     def _check(self, places: list[Place], strict: bool) -> None:
-        needed = project_files(manifest_path(BASE), *([manifest_path(self.adapter)] if self.adapter else []))
+        needed = needed_files(manifest_path(BASE), *([manifest_path(self.adapter)] if self.adapter else []))
         problems = check_hosts(self.ray, places, needed) if places else {}
         for place in places:
             problem = problems.get(place.node)
@@ -185,22 +187,18 @@ class RayEngine:
 
 
 class Server:
-    """The actor: loads the policy, completes pieces."""
+    """The actor: loads the policy and completes pieces."""
 
     def load(self, project: str, adapter: Path | None, hardware: Hardware) -> None:
         """Load the policy in the project's folder. Raises UserError when it cannot be."""
         os.chdir(project)
-        os.environ["LOCAL_RANK"] = "0"  # an actor sees its own GPU only
-        from stages.core.launch import fix_arithmetic, prepare_process
-
+        os.environ["LOCAL_RANK"] = "0"  # an actor sees only its own GPU
         prepare_process()
         fix_arithmetic(hardware.threads, seed=0)  # every request has a seed of its own
-        from stages.engine.choose import load_engine
-
         self.engine = load_engine(adapter, hardware)
 
     def complete(self, piece: list[Request]) -> Iterator[list[Completion]]:
-        """The completions of a piece, those that finish about the same time together."""
+        """Yield the completions of a piece, in groups that finished at about the same time."""
         finished, sent = [], time.monotonic()
         for completion in self.engine.generate(piece):
             finished.append(completion)

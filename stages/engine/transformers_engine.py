@@ -1,7 +1,7 @@
 """Generation by a transformers model, batch by batch, every request with its own settings and seed.
 
-Requests are batched by prompt length; a row that finishes leaves its batch. The plan of batches follows
-from the whole list of requests, so a resumed run computes the same numbers as an undisturbed one.
+Requests are batched by prompt length, and a finished row leaves its batch. The batches follow from the whole list of
+requests, so a resumed run computes the same numbers as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from stages.core.errors import UserError
-from stages.engine.base import Completion, Request, plan
+from stages.engine.handout import batches
+from stages.policy.draw import Draws
+from stages.policy.request import Completion, Request
+from stages.run.errors import UserError
 
 LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
 
@@ -22,7 +24,7 @@ LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of i
 class TransformersEngine:
     """Completes requests with `model` (a transformers or PEFT causal model, on any device).
 
-    `batch` is how many it takes at once, or a function that says so from the longest prompt and limit.
+    `batch` is the number of requests in a batch, or a function of the longest prompt and limit that returns it.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class TransformersEngine:
         self.end_ids = torch.tensor(sorted(set(end_ids)), device=model.device)
         self.pad_id = pad_id
         self.batch = batch
-        self.most = 0  # rows at once, once memory ran out with more
+        self.most = 0  # the largest batch that is still tried after memory ran out; 0 while it has not
 
     def generate(
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
@@ -43,7 +45,7 @@ class TransformersEngine:
         training = self.model.training
         self.model.eval()
         try:
-            for batch in plan(requests, size):
+            for batch in batches(requests, size):
                 # A batch partly done is computed whole, because its rows share the arithmetic.
                 if any(request.id not in done for request in batch):
                     for completion in self._fitting(batch):
@@ -53,7 +55,7 @@ class TransformersEngine:
             self.model.train(training)
 
     def _fitting(self, batch: Sequence[Request]) -> Iterator[Completion]:
-        """Complete a batch, in halves when it does not fit into memory; what was finished stays."""
+        """Complete a batch. If it does not fit into memory, keep what is finished and do the rest in halves."""
         if (size := self.most) and len(batch) > size:
             for start in range(0, len(batch), size):
                 yield from self._fitting(batch[start : start + size])
@@ -87,7 +89,7 @@ class TransformersEngine:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         place = {prompt: row for row, prompt in enumerate(prompts)}
         spread = torch.tensor([place[request.prompt] for request in batch], device=device)
-        draws = _Draws(batch, device)
+        draws = Draws(batch, device)
         limits = torch.tensor([request.max_new_tokens for request in batch], device=device)
         tokens: list[list[int]] = [[] for _ in batch]
         logprobs = np.zeros(len(batch))
@@ -107,7 +109,7 @@ class TransformersEngine:
             if step == 0:
                 cache.batch_select_indices(spread)
                 logits, mask, positions = logits[spread], mask[spread], positions[spread]
-            chosen = draws.choose(logits, rows, step)
+            chosen = draws.next_tokens(logits, rows, step)
             chosen_logprob = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
             ended = torch.isin(chosen, self.end_ids)
             finished = (ended | (limits[rows] == step + 1)) & ~asleep
@@ -134,9 +136,8 @@ class TransformersEngine:
             gone = int(asleep.sum())
             if gone == len(rows):
                 return
-            if gone * LEAVE_SHARE >= len(
-                rows
-            ):  # taking rows out copies the cache, so not for every single one
+            # Removing rows copies the whole cache, so it is not done for every single row.
+            if gone * LEAVE_SHARE >= len(rows):
                 stay = (~asleep).nonzero()[:, 0]
                 cache.batch_select_indices(stay)
                 rows, chosen, mask, positions = rows[stay], chosen[stay], mask[stay], positions[stay]
@@ -152,65 +153,8 @@ def _longest(requests: Sequence[Request]) -> tuple[int, int]:
     return prompt, max((request.max_new_tokens for request in requests), default=1)
 
 
-class _Draws:
-    """Chooses the next token of each row: greedy, or by its own stream of uniform numbers."""
-
-    def __init__(self, batch: Sequence[Request], device: torch.device) -> None:
-        self.temperature = torch.tensor([request.temperature for request in batch], device=device)
-        self.top_p = torch.tensor([request.top_p for request in batch], device=device)
-        self.sampled = bool((self.temperature > 0).any())
-        self.nucleus = bool((self.top_p < 1).any())
-        if self.sampled:
-            limit = max(request.max_new_tokens for request in batch)
-            streams = np.zeros((len(batch), limit), np.float32)
-            for row, request in enumerate(batch):
-                streams[row, : request.max_new_tokens] = uniform_stream(request)
-            self.uniform = torch.from_numpy(streams).to(device)
-
-    def choose(self, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-        """Token ids (rows,) from logits (rows, vocabulary)."""
-        if not self.sampled:
-            return logits.argmax(-1)
-        top_p = self.top_p[rows] if self.nucleus else None
-        return draw(logits, self.temperature[rows], top_p, self.uniform[rows, step])
-
-
-def uniform_stream(request: Request) -> np.ndarray:
-    """The uniform numbers in [0, 1) that decide a request's tokens, one for each; float32."""
-    return np.random.Generator(np.random.Philox(request.seed)).random(request.max_new_tokens, np.float32)
-
-
-def draw(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | None, uniform: torch.Tensor
-) -> torch.Tensor:
-    """Token ids (rows,) from logits (rows, vocabulary); nucleus sampling by inverting the cumulative sum.
-
-    Rows of temperature 0 are greedy; without `top_p` the whole vocabulary is in reach.
-    """
-    probabilities = (logits / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
-    if top_p is not None:
-        probabilities = _nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(-1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    drawn = (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
-
-
-def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """Zero what lies outside the smallest set of tokens that holds `top_p` (Holtzman et al. 2020), row by row.
-
-    Tokens as likely as the last one inside are inside too. The set is found by its least probability, not by putting
-    the sorted tokens back into their places: deterministic as the stages are, a GPU would sort all of them once more.
-    """
-    ranked = probabilities.sort(dim=-1, descending=True).values
-    before = ranked.cumsum(-1) - ranked
-    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    least = ranked.gather(1, inside.sum(-1, keepdim=True).clamp(min=1) - 1)
-    return probabilities.where(probabilities >= least, 0.0)
-
-
 class _RoomyLayer(DynamicLayer):
-    """A cache layer with spare room: a new token is written in place, not by copying all that came before."""
+    """A cache layer with spare room, so that a new token is written in place and earlier ones are not copied."""
 
     room = 64
 

@@ -1,6 +1,6 @@
-"""Generation by vLLM on one GPU, with the adapter applied unmerged; several GPUs take one such process each.
+"""Generation by vLLM on one GPU, with the adapter applied unmerged. Each of several GPUs gets a process of its own.
 
-vLLM comes with requirements-gpu.txt. It was tried with vLLM 0.30.0 on a CPU, and has not run on a GPU yet
+requirements-gpu.txt installs vLLM. This engine was tried with vLLM 0.30.0 on a CPU and has not run on a GPU yet
 (docs/gpus.md).
 """
 
@@ -12,15 +12,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.core.errors import UserError
-from stages.core.paths import BASE
-from stages.core.policy import ADAPTER_CONFIG, load_tokenizer
-from stages.engine.base import Completion, EngineStartError, Request, end_ids
+from stages.policy.adapter import ADAPTER_CONFIG, load_tokenizer
+from stages.policy.request import Completion, EngineStartError, Request, end_ids
+from stages.run.errors import UserError
+from stages.run.paths import BASE
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes vLLM reserves room for
-AHEAD = 4096  # requests handed over ahead, so that a million of them need no memory
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the adapter ranks that vLLM can reserve room for
+AHEAD = 4096  # requests that vLLM holds at a time, so that a million of them need no memory
 SETTINGS = {
-    # In this process: a failure is raised here, and nothing stays on the GPU when the process is killed.
+    # Run inside this process: a failure is raised here, and a kill leaves nothing on the GPU.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -31,9 +31,8 @@ SETTINGS = {
 class VllmEngine:
     """Completes requests with the model of a checkpoint folder and `adapter` (or none).
 
-    Every request has its own seed. Raises EngineStartError when vLLM does not start. Later failures are raised as
-    they are, and end its use: vLLM cannot go on after one, so the process has to be replaced. RuntimeError when a
-    request is lost.
+    Every request has its own seed. Raises EngineStartError when vLLM does not start. vLLM cannot go on after a later
+    failure: the error is raised as it is, and the process has to be replaced. RuntimeError when a request is lost.
     """
 
     def __init__(self, adapter: Path | None, base: Path = BASE) -> None:
@@ -134,10 +133,10 @@ class VllmEngine:
 
 
 def _room(adapter: Path) -> int:
-    """The least of vLLM's sizes that holds an adapter's rank."""
+    """The smallest rank in RANKS that holds the adapter's."""
     rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"]
     if rank > RANKS[-1]:
         raise UserError(
-            f"{adapter}: vLLM takes adapters up to rank {RANKS[-1]}; say hardware.engine: continuous"
+            f"{adapter}: vLLM takes adapters up to rank {RANKS[-1]}; set hardware.engine: transformers"
         )
     return next(size for size in RANKS if size >= rank)

@@ -1,6 +1,6 @@
 """Generation in several processes of one host, each with its own device and its own copy of the policy.
 
-Work is handed out in pieces (handout.py), so a process that dies costs its piece only: another one does it again.
+The requests are handed out in pieces (handout.py). When a process dies, another one does its piece again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Self
 
-from stages.core.errors import UserError
-from stages.core.params import Hardware
-from stages.engine.base import Completion, Request
 from stages.engine.handout import HandOut, Piece
+from stages.engine.load import load_engine
+from stages.launch.devices import visible_gpus
+from stages.policy.request import Completion, Request
+from stages.run.errors import UserError
+from stages.run.guard import end_with
+from stages.run.params import Hardware
+from stages.run.process import fix_arithmetic, prepare_process
 
 
 @dataclass
@@ -36,9 +40,7 @@ class WorkersEngine:
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
-        import torch
-
-        if 0 < (gpus := torch.cuda.device_count()) < self.count:
+        if 0 < (gpus := visible_gpus()) < self.count:
             raise UserError(f"hardware.processes: {self.count}, but there are {gpus} GPUs; say auto")
         self.workers = [self._start(rank) for rank in range(self.count)]
         return self
@@ -97,17 +99,12 @@ class WorkersEngine:
 
 
 def serve(pipe: Connection, rank: int, adapter: Path | None, hardware: Hardware, parent: int) -> None:
-    """One process: loads the policy, completes pieces until the pipe is closed."""
-    from stages.core.guard import end_with
-    from stages.core.launch import fix_arithmetic, prepare_process
-
+    """The work of one process: load the policy, then complete pieces until the pipe is closed."""
     end_with(parent)
     prepare_process()
     _own_device(rank)
     try:
         fix_arithmetic(hardware.threads, seed=0)  # every request has a seed of its own
-        from stages.engine.choose import load_engine
-
         engine = load_engine(adapter, hardware)
         while True:
             piece = pipe.recv()
@@ -121,8 +118,8 @@ def serve(pipe: Connection, rank: int, adapter: Path | None, hardware: Hardware,
 
 
 def _own_device(rank: int) -> None:
-    """Let this process see one GPU only (vLLM takes the first it sees); to be called before CUDA starts."""
+    """Let this process see one GPU only, because vLLM takes the first it sees. CUDA must not have started yet."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible != "":  # which hides them all
+    if visible != "":  # an empty value hides all GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank] if visible else str(rank)
     os.environ["LOCAL_RANK"] = "0"

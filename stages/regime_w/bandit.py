@@ -1,16 +1,16 @@
-"""Which arms to pull for a question: one each (`uniform`), or by what pays (`thompson`).
-
-A pull *pays* when its group holds the opposite verdict too, so that it can enter a correctness pair. Thompson
-sampling (Thompson 1933) keeps a Beta posterior of that chance per arm. Each pull is made uniformly with
-probability `floor`; those pulls are flagged, because only their means are unbiased.
+"""Chooses the arms to pull for each question: every arm in turn (`Uniform`), or the arms that pay (`Thompson`).
 
     bandit = Thompson(arms, pulls=8, floor=0.25, seed=17)
     for round_number, questions in enumerate(rounds):
         chosen = {q: bandit.choose(round_number, q) for q in questions}
         bandit.learn([(pull.arm, verdict) ...] for each question)    # after the whole round
 
-A round's choices depend on the seed, the earlier rounds' verdicts, the round's number and the question's id
-alone: a run that is killed and fed its finished rounds again goes on as if undisturbed.
+A pull *pays* when its group holds the opposite verdict too, so that it can enter a correctness pair. Thompson
+sampling (Thompson 1933) keeps a Beta posterior of that chance for each arm. With probability `floor` a pull is made
+uniformly instead. Those pulls are marked, because only their means are unbiased.
+
+The choices of a round depend only on the seed, the verdicts of earlier rounds, the round's number and the question's
+id. So a killed run that is given its finished rounds again makes the same choices as one that was never killed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,18 @@ class Pull:
     uniform: bool
 
 
-def uniform(arms: Sequence[str], pulls: int) -> list[Pull]:
-    """Every arm in turn; with as many pulls as arms, one each."""
-    return [Pull(arms[index % len(arms)], 1 / len(arms), True) for index in range(pulls)]
+class Uniform:
+    """Pulls every arm in turn: with as many pulls as arms, each of them once."""
+
+    def __init__(self, arms: Sequence[str], pulls: int) -> None:
+        self.pulls = [Pull(arms[index % len(arms)], 1 / len(arms), True) for index in range(pulls)]
+
+    def choose(self, round_number: int, question_id: str) -> list[Pull]:
+        """The same pulls for every question."""
+        return self.pulls
+
+    def learn(self, groups: Iterable[Sequence[tuple[str, bool]]]) -> None:
+        """Uniform pulls do not depend on verdicts; `groups` is not read."""
 
 
 def pays(verdicts: Sequence[bool]) -> list[bool]:
@@ -44,7 +53,7 @@ def pays(verdicts: Sequence[bool]) -> list[bool]:
 
 
 class Thompson:
-    """Thompson sampling over yield; the posterior changes only between rounds.
+    """Thompson sampling of the arms that pay. The posterior changes only between rounds.
 
     A pull's propensity is exact for the mixture it was drawn from: the arms' chances under the posterior are
     estimated once a round from `DRAWS` draws, and pulls are then drawn from those chances.
@@ -77,7 +86,7 @@ class Thompson:
         return chosen
 
     def learn(self, groups: Iterable[Sequence[tuple[str, bool]]]) -> None:
-        """Take in a whole round: per question its (arm, correct) pulls, in any order of questions."""
+        """Learn from a whole round: for each question its pulls as (arm, correct), in any order of questions."""
         for group in groups:
             for (arm, _), paid in zip(group, pays([correct for _, correct in group]), strict=True):
                 if paid:

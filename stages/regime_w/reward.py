@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-
-@dataclass(slots=True, frozen=True)
-class RewardParams:
-    """Weights of the reward's parts; the names are those of params.yaml `regime_w.reward`."""
-
-    alpha: float = 1.0
-    beta: float = 0.5
-    kappa: float = 1.0
-    gamma: float = 0.2
-    consensus: float = 0.9
-    length_penalty: float = 0.001
-    length_limit: int = 512
+if TYPE_CHECKING:
+    from stages.run.params import Reward
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,7 +30,7 @@ def reward(
     question_s_wm: float,
     question_s_end: float,
     tokens: int | None,
-    params: RewardParams,
+    params: Reward,
 ) -> float:
     """The sum of `reward_parts`."""
     return reward_parts(correct, s_wm, question_s_wm, question_s_end, tokens, params).total
@@ -51,16 +42,15 @@ def reward_parts(
     question_s_wm: float,
     question_s_end: float,
     tokens: int | None,
-    params: RewardParams,
+    params: Reward,
 ) -> RewardParts:
-    """The parts of the reward of DESIGN's formula:
+    """The parts of the reward:
 
         alpha*correct + beta*(S + kappa*(s_wm - S)) + gamma*[correct and s_end > consensus]
             - length_penalty*max(0, tokens - length_limit)
 
-    S and s_end are the question's means, s_wm is the trajectory's own. kappa 0 is the classical formula, in
-    which all trajectories of a question share one coherence. `tokens` None (a file from
-    elsewhere) costs nothing.
+    S and s_end are the question's means, s_wm is the trajectory's own. kappa 0 gives all trajectories of a question the
+    same coherence. Without `tokens` (a file from elsewhere may lack them) there is no length penalty.
     """
     excess = 0 if tokens is None else max(0, tokens - params.length_limit)
     return RewardParts(

@@ -26,6 +26,7 @@ from stages.regime_w.solution import (
     read_solution,
 )
 
+SIGNALS = ("s_end", "s_path", "s_cf", "s_wm")
 DEFAULT_WEIGHTS = (0.5, 0.3, 0.2)
 CONSTANT = -1
 Soundness = Literal["sound", "lucky", "unproven"]
@@ -47,12 +48,12 @@ class GroupScore:
 
 
 @dataclass(slots=True, frozen=True)
-class Trace:
-    """What was understood of one trajectory.
+class Reasoning:
+    """The reasoning of one trajectory, as far as it could be read.
 
-    `links[k][p]` says where operand p of equation k comes from: an earlier equation's index, `CONSTANT`, or
-    -2 - m for number m of the question. `carrier` is the equation with the final answer. `counterfactuals[m]`
-    is what it becomes when number m grows by 1, None when undefined (one entry when there are no numbers).
+    `links[k][p]` says where operand p of equation k comes from: an earlier equation's index, `CONSTANT`, or -2 - m for
+    number m of the question. `carrier` is the equation with the final answer. `counterfactuals[m]` is the answer when
+    number m grows by 1, None when it is undefined. Without numbers in the question there is one counterfactual.
     """
 
     answer: str | None
@@ -65,17 +66,17 @@ class Trace:
 
 @dataclass(slots=True, frozen=True)
 class GroupAnalysis:
-    """One question, for scoring and for showing; trajectories with equal text and answer share a trace."""
+    """The numbers of a question and the reasoning of each trajectory. Equal texts with equal answers share one object."""
 
     numbers: list[Number]
-    traces: list[Trace]
+    reasonings: list[Reasoning]
 
     def score(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> GroupScore:
-        """The four signals; all 0 for a trajectory without others to agree with."""
-        distinct = list({id(trace): trace for trace in self.traces}.values())
-        copies = Counter(id(trace) for trace in self.traces)
-        counts = [copies[id(trace)] for trace in distinct]
-        size, others = len(distinct), len(self.traces) - 1
+        """The four signals. All are 0 when there is only one trajectory."""
+        distinct = list({id(reasoning): reasoning for reasoning in self.reasonings}.values())
+        copies = Counter(id(reasoning) for reasoning in self.reasonings)
+        counts = [copies[id(reasoning)] for reasoning in distinct]
+        size, others = len(distinct), len(self.reasonings) - 1
         end = [0] * size
         path: list[list[float]] = [[] for _ in range(size)]
         cf = [0] * size
@@ -93,7 +94,7 @@ class GroupAnalysis:
         interventions = max(1, len(self.numbers))
         total = weights[0] + weights[1] + weights[2]
         rows: dict[int, tuple[float, float, float, float]] = {}
-        for i, trace in enumerate(distinct):
+        for i, reasoning in enumerate(distinct):
             if others > 0:
                 s_end = end[i] / others
                 s_path = min(1.0, fsum(path[i]) / others)
@@ -101,8 +102,8 @@ class GroupAnalysis:
             else:
                 s_end = s_path = s_cf = 0.0
             s_wm = (weights[0] * s_end + weights[1] * s_path + weights[2] * s_cf) / total
-            rows[id(trace)] = (s_end, s_path, s_cf, s_wm)
-        columns = [[rows[id(trace)][column] for trace in self.traces] for column in range(4)]
+            rows[id(reasoning)] = (s_end, s_path, s_cf, s_wm)
+        columns = [[rows[id(reasoning)][column] for reasoning in self.reasonings] for column in range(4)]
         return GroupScore(*columns)
 
 
@@ -117,23 +118,23 @@ def score_group(
 
 
 def analyse_group(question: str, trajectories: Sequence[Mapping[str, Any]]) -> GroupAnalysis:
-    """Read every trajectory of a question once per distinct text, and follow its counterfactuals."""
+    """Read each distinct text of a question once."""
     numbers = question_numbers(question)
     places = {number: index for index, number in enumerate(numbers)}
-    traces: dict[tuple[str, str | None], Trace] = {}
+    reasonings: dict[tuple[str, str | None], Reasoning] = {}
     ordered = []
     for trajectory in trajectories:
         key = (trajectory["text"], trajectory["answer"])
-        trace = traces.get(key)
-        if trace is None:
-            trace = traces[key] = trace_solution(numbers, places, *key)
-        ordered.append(trace)
+        reasoning = reasonings.get(key)
+        if reasoning is None:
+            reasoning = reasonings[key] = read_reasoning(numbers, places, *key)
+        ordered.append(reasoning)
     return GroupAnalysis(numbers, ordered)
 
 
-def trace_solution(
+def read_reasoning(
     numbers: list[Number], places: Mapping[Number, int], text: str, answer: str | None
-) -> Trace:
+) -> Reasoning:
     """Equations, links and counterfactuals of one text. `places` gives each question number's index."""
     solution = read_solution(text)
     equations = solution.equations
@@ -152,25 +153,25 @@ def trace_solution(
     carrier = None if answer is None else latest.get(_answer_number(answer))
     undefined = (None,) * max(1, len(numbers))
     found = undefined if carrier is None else _rerun(equations, links, carrier, numbers)
-    return Trace(answer, solution, links, carrier, found, Counter(e.value for e in equations))
+    return Reasoning(answer, solution, links, carrier, found, Counter(e.value for e in equations))
 
 
 def soundness(
     question: str, solution_gold: str, gold: str | None, trajectory: Mapping[str, Any]
 ) -> Soundness | None:
-    """Whether a correct trajectory moves with the gold solution when a number of the question changes.
+    """Whether the answer of a correct trajectory changes as the gold's does when a number of the question changes.
 
-    'sound': the same for every number. 'unproven': undefined for one, in it or in the gold. 'lucky': neither.
-    None for an incorrect one. `gold` is the gold solution's own answer.
+    'sound': it does, for every number. 'unproven': for some number one of the two is undefined. 'lucky': it does not.
+    None for an incorrect trajectory. `gold` is the gold solution's own answer.
     """
     if trajectory["answer"] is None or trajectory["answer"] != gold:
         return None
-    mine, golds = analyse_group(question, [trajectory, {"text": solution_gold, "answer": gold}]).traces
+    mine, golds = analyse_group(question, [trajectory, {"text": solution_gold, "answer": gold}]).reasonings
     return judge(mine, golds)
 
 
-def judge(mine: Trace, golds: Trace) -> Soundness:
-    """Soundness of a correct trajectory's trace against the gold solution's."""
+def judge(mine: Reasoning, golds: Reasoning) -> Soundness:
+    """Soundness of a correct trajectory's reasoning against the gold solution's."""
     if None in mine.counterfactuals or None in golds.counterfactuals:
         return "unproven"
     return "sound" if mine.counterfactuals == golds.counterfactuals else "lucky"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from stages.regime_w.signals import Trace
+from stages.regime_w.signals import Reasoning
 
 
-def suspicion(traces: Sequence[Trace], correct: Sequence[bool]) -> tuple[float, str | None]:
+def suspicion(reasonings: Sequence[Reasoning], correct: Sequence[bool]) -> tuple[float, str | None]:
     """How suspect a question's gold is, in [0, 1], and the answer that speaks against it (None at 0).
 
     max(0, n - g) / K, where n of the K trajectories have one answer that is not the gold's, every equation it rests
@@ -20,12 +20,12 @@ def suspicion(traces: Sequence[Trace], correct: Sequence[bool]) -> tuple[float, 
     A single trajectory agrees with nobody: n of 1 counts as 0.
     """
     classes = Counter(
-        (trace.answer, trace.counterfactuals)
-        for trace, right in zip(traces, correct, strict=True)
-        if not right and trace.answer is not None and None not in trace.counterfactuals
+        (reasoning.answer, reasoning.counterfactuals)
+        for reasoning, right in zip(reasonings, correct, strict=True)
+        if not right and reasoning.answer is not None and None not in reasoning.counterfactuals
     )
     if not classes:
         return 0.0, None
     (answer, _), size = max(classes.items(), key=lambda item: item[1])
-    score = (size - sum(correct)) / len(traces)
+    score = (size - sum(correct)) / len(reasonings)
     return (score, answer) if size > 1 and score > 0 else (0.0, None)

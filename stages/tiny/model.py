@@ -1,7 +1,7 @@
-"""The embedded default model: a Mistral-shaped network of about a million parameters, trained from scratch.
+"""Trains the default model from scratch: a Mistral-shaped network of about a million parameters.
 
-Its pre-training text is generated problems, part of them solved with systematic mistakes, as found text
-is: it leaves something for SFT and DPO to put right.
+It is pre-trained on generated problems. Some of their solutions hold systematic mistakes, as text from the web does,
+so that there is something for SFT and DPO to improve.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from stages.core.params import BuiltModel
+from stages.run.params import BuiltModel
 from stages.tiny.problems import Style, mistaken, problems
 
 Text = tuple[str, str]  # filled prompt, solution
 
 
 def corpus(model: BuiltModel) -> list[Text]:
-    """The pre-training text: distinct problems of the corpus split, styles mixed, mistakes planted."""
+    """The pre-training text: distinct problems of the corpus split, in both styles, some with mistakes."""
     spec = model.corpus
     rng = random.Random(f"{model.seed}/mistakes")
     texts = []
@@ -33,7 +33,7 @@ def corpus(model: BuiltModel) -> list[Text]:
 
 
 def build_tokenizer(model: BuiltModel, texts: list[Text]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with every digit a token of its own; pad is distinct from end."""
+    """Byte-level BPE in which every digit is a token. The pad token is not the end token."""
     tokenizer = Tokenizer(models.BPE())
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
@@ -113,11 +113,11 @@ def _warmup_then_decay(step: int, warmup: int, steps: int) -> float:
 def _batches(
     rows: list[list[int]], size: int, pad: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded batches of rows of like length, in a shuffled order; an odd rest is left out."""
+    """Right-padded batches of rows of similar length, in a shuffled order. The last incomplete batch is left out."""
     rng = random.Random(f"{seed}/batches")
     order = list(range(len(rows)))
     rng.shuffle(order)
-    pool = size * 32  # sorting by length inside a pool wastes little on padding and keeps the order random
+    pool = size * 32  # sorting by length within a pool saves padding, and the order stays random
     batches = []
     for start in range(0, len(order), pool):
         chunk = sorted(order[start : start + pool], key=lambda i: len(rows[i]))

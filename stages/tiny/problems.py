@@ -1,12 +1,12 @@
-"""Word problems in GSM8K's format, made on the spot, so that the pipeline runs without a network.
+"""Generates word problems in GSM8K's format, so that the pipeline runs without a network.
 
     {"id": "train-00000",
      "question": "Mia has 4 boxes of 6 pears. First Mia sells 9, then Mia buys 8 more. How many pears does ...?",
      "answer": "Mia starts with <<4*6=24>>24 pears.\\nAfter selling 9 there are <<24-9=15>>15.\\n
                 After buying 8 there are <<15+8=23>>23.\\n#### 23"}
 
-A problem's key (its events, their numbers and its closing question, without names and things) decides by
-hash which split it belongs to, so no problem of one split can appear in another, whatever the seeds.
+A problem's key (its events, their numbers and its closing question, without names and things) decides by its hash
+which split the problem belongs to. So no problem of one split can appear in another, whatever the seeds are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 Split = Literal["corpus", "train", "valid", "platinum"]
 Style = Literal["plain", "direct"]
 
-# Shares of the hash space, in percent: wide enough that every split can be filled many times over.
+# Where each split begins, in percent of the hash space. Each is wide enough to be filled many times over.
 SPLIT_STARTS: dict[Split, int] = {"corpus": 0, "train": 60, "valid": 80, "platinum": 85}
 
 NAMES = (
@@ -35,7 +35,7 @@ BOXES = "boxes bags baskets trays".split()
 
 @dataclass(frozen=True)
 class Verb:
-    """One kind of event: how it is told, how the solution names it, and what it does to the count."""
+    """One kind of event: its words in the question, its words in the solution, and whether it adds or subtracts."""
 
     told: str
     named: str
@@ -49,7 +49,7 @@ VERBS = (
     Verb("sells {n}", "selling", -1),
     Verb("loses {n}", "losing", -1),
     Verb("gives away {n}", "giving away", -1),
-    # The two verbs that the pre-training text gets wrong systematically.
+    # The pre-training text often gets these two wrong.
     Verb("is handed {n}", "being handed", +1, confused=True),
     Verb("hands in {n}", "handing in", -1, confused=True),
 )
@@ -57,7 +57,7 @@ VERBS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A story: a start (one number, or two multiplied), events in order, and what is asked at the end."""
+    """A story: a start (one number, or a product of two), events in order, and the question at the end."""
 
     name: str
     thing: str
@@ -69,7 +69,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What makes two problems the same, whoever they are about."""
+        """Two problems with the same key are the same, whoever and whatever they are about."""
         events = ",".join(f"{verb.named}{n}" for verb, n in self.events)
         return f"{self.start}|{events}|{self.closing}{self.factor if self.closing != 'count' else ''}"
 
@@ -97,9 +97,9 @@ class Problem:
     def solution(
         self, style: Style, signs: tuple[int, ...] | None = None, factor_op: str | None = None
     ) -> str:
-        """The worked text, in a style: `direct` writes the events as one equation, `plain` one step a line.
+        """The worked solution. `direct` writes all events as one equation, `plain` writes one step a line.
 
-        `signs` and `factor_op` replace the right operations where the text is to be mistaken.
+        `signs` and `factor_op` replace the right operations, to make a mistaken solution.
         """
         signs = signs or tuple(verb.sign for verb, _ in self.events)
         lines = []
@@ -143,7 +143,7 @@ def _worked(expression: str, value: int) -> str:
 
 
 def draw(rng: random.Random) -> Problem:
-    """One random problem with non-negative whole numbers all the way through."""
+    """One random problem, in which no intermediate result is negative or fractional."""
     while True:
         start: tuple[int, ...] = (
             (rng.randint(5, 30),) if rng.random() < 0.6 else (rng.randint(2, 9), rng.randint(2, 6))
@@ -190,7 +190,7 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
 
 
 def mislabelled(problem: Problem, rng: random.Random) -> str:
-    """A gold solution as a careless annotator writes it: wrong operations, or the last sum done wrong."""
+    """A wrong gold solution, as a careless annotator might write it: wrong operations, or a wrong last result."""
     right = problem.answer
     answer = right.rpartition("#### ")[2]
     if rng.random() < 0.5:
@@ -205,10 +205,10 @@ def mislabelled(problem: Problem, rng: random.Random) -> str:
 def mistaken(
     problem: Problem, style: Style, rng: random.Random, confused_share: float, slip_share: float
 ) -> str:
-    """A solution as found text has it: a wrong operation in some steps, the text otherwise sound.
+    """A solution with wrong operations in some steps, and no other mistakes.
 
-    A step with a confused verb takes the opposite operation with probability `confused_share`, any other
-    step with `slip_share`.
+    A step with a confused verb takes the opposite operation with probability `confused_share`, any other step with
+    `slip_share`.
     """
     signs = []
     for verb, _ in problem.events:
@@ -217,13 +217,13 @@ def mistaken(
     count = problem.start[0] * (problem.start[1] if len(problem.start) == 2 else 1)
     for sign, (_, n) in zip(signs, problem.events, strict=True):
         count += sign * n
-        if count < 0:  # a count below nothing would give the mistake away: keep this one right
+        if count < 0:  # a negative count would give the mistake away, so this solution stays right
             return problem.solution(style)
     factor_op = None
     if rng.random() < slip_share:
         factor_op = {"worth": "+", "share": "-", "count": None}[problem.closing]
     if problem.closing == "share" and factor_op is None and count % problem.factor:
-        factor_op = "-"  # what cannot be shared equally is taken away instead
+        factor_op = "-"  # the count cannot be divided evenly, so the mistake is to subtract
     if factor_op == "-" and count < problem.factor:
         return problem.solution(style)
     return problem.solution(style, tuple(signs), factor_op)

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from stages.core.answers import read_answer
-from stages.core.errors import UserError
-from stages.core.params import Params, load_params
-from stages.core.paths import ADAPTERS, BASE
-
-if TYPE_CHECKING:
-    from stages.core.answers import Reading
+from stages.run.errors import UserError
+from stages.run.params import Params, load_params
+from stages.run.paths import ADAPTERS, BASE
+from stages.text.answers import Reading, read_answer
 
 
 def main(
@@ -33,38 +30,32 @@ def main(
 ) -> None:
     """Answer one question (`-`: the standard input), or without one, those typed in a terminal.
 
-    `temperature` 0 is greedy decoding; above, `top_p` is the evaluation's. `max_new_tokens` is the
+    `temperature` 0 is greedy decoding; above 0, `top_p` is the evaluation's. `max_new_tokens` is the
     evaluation's unless given. Raises UserError when the policy has no checkpoint, or nothing is asked.
     """
     params = load_params()
     out = out or sys.stdout
-    _check(policy, temperature, max_new_tokens)
-    if question is None and not sys.stdin.isatty():
-        raise UserError("ask: no question; write it behind the command in quotes, or - to read it from stdin")
-    questions = (
-        iter([sys.stdin.read() if question == "-" else question]) if question is not None else _typed()
-    )
-    limit = max_new_tokens or params.evaluate.max_new_tokens
-    answer: Callable[[str], tuple[Reading, bool]] | None = None
-    for asked in map(str.strip, questions):
-        if not asked:
-            raise UserError("ask: the question is empty")
-        answer = answer or _answerer(params, policy, temperature, seed, limit, out)
-        reading, ended = answer(asked)
-        out.write("\n" + "\n".join(_words(reading, ended, limit)) + "\n")
-        out.flush()
-
-
-def _check(policy: str, temperature: float, max_new_tokens: int | None) -> None:
     check_policy("ask", policy)
     if not 0 <= temperature <= 5:
         raise UserError(f"--temperature {temperature}: must be from 0 (greedy) to 5")
     if max_new_tokens is not None and max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be 1 or more")
+    if question is None and not sys.stdin.isatty():
+        raise UserError("ask: no question; write it behind the command in quotes, or - to read it from stdin")
+    given = sys.stdin.read() if question == "-" else question
+    limit = max_new_tokens or params.evaluate.max_new_tokens
+    answer: Callable[[str], tuple[Reading, bool]] | None = None
+    for asked in _typed() if given is None else [given]:
+        if not asked.strip():
+            raise UserError("ask: the question is empty")
+        answer = answer or _answerer(params, policy, temperature, seed, limit, out)
+        reading, ended = answer(asked.strip())
+        out.write("\n" + "\n".join(_words(reading, ended, limit)) + "\n")
+        out.flush()
 
 
 def check_policy(tool: str, policy: str) -> None:
-    """Raises UserError, in the name of a tool, when there is no such policy or its checkpoints are not here."""
+    """Raises UserError when there is no such policy, or its checkpoints are not here; `tool` is who says so."""
     if policy not in ADAPTERS:
         raise UserError(f"{tool}: no policy '{policy}'; choose one of {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[policy]
@@ -89,19 +80,19 @@ def _typed() -> Iterator[str]:
 def _answerer(
     params: Params, policy: str, temperature: float, seed: int, limit: int, out: TextIO
 ) -> Callable[[str], tuple[Reading, bool]]:
-    """Load the policy; returns what answers one question, and says whether it ended by itself."""
+    """Load the policy; returns a function that answers a question and says whether the model ended by itself."""
     import torch
     from transformers import GenerationConfig
 
-    from stages.core.launch import fix_arithmetic
-    from stages.core.policy import load_policy
-    from stages.core.prompts import prompt_ids
-    from stages.engine.base import end_ids
+    from stages.policy.adapter import load_policy
+    from stages.policy.request import end_ids
+    from stages.run.process import fix_arithmetic
+    from stages.text.prompts import prompt_ids
 
     fix_arithmetic(params.hardware.threads, seed)
     model, tokenizer = load_policy(ADAPTERS[policy])
     ends = end_ids(tokenizer, model.generation_config)
-    # A config of our own: what the model's declares besides (penalties, top_k) is not in the evaluation either.
+    # The model's own config may also declare penalties or top_k, which the evaluation does not use.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": params.evaluate.top_p, "top_k": 0}
     model.generation_config = GenerationConfig(
         max_new_tokens=limit,
@@ -124,8 +115,8 @@ def _answerer(
 class Stream:
     """A streamer of `generate`: writes the solution token by token; `text` is what was written.
 
-    The end token, one of `ends`, is no part of it. All tokens are decoded together each time, so that the
-    text is exactly what decoding at the end gives.
+    It leaves out the end token, one of `ends`. It decodes all tokens together each time, so that the text is
+    exactly what decoding at the end gives.
     """
 
     def __init__(self, tokenizer: Any, opening: str, ends: Collection[int], out: TextIO) -> None:

@@ -1,25 +1,35 @@
-"""`python -m stages check`: what can be known before a run: files, memory, and every stage's first prompt.
+"""`python -m stages check`: finds mistakes before a run: in files, memory, disk space, and in the first prompts.
 
-Nothing runs and nothing is written: a wrong template or path, or a model too large for the GPU, is seen here,
-before it costs a night.
+It runs no stage and leaves nothing behind. A wrong template or path, or a machine too small for the model, shows here
+and not in the middle of the night.
 
-    stage          needs      rows at once               fits
-    sft            32.9 GiB   32                         yes
+    stage      needs      rows at once    fits
+    sft        23.7 GiB   8 rows          yes
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from itertools import islice
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from stages.core import memory
-from stages.core.devices import micro_batch, training_processes
-from stages.core.errors import UserError
-from stages.core.memory import GIB, Device, Need, Shape
-from stages.core.params import (
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from stages.launch import memory
+from stages.launch.devices import engine_kind, micro_batch, training_processes
+from stages.launch.memory import GIB, Device, Need, Shape
+from stages.run.errors import UserError
+from stages.run.files import read_json, read_jsonl
+from stages.run.params import (
     BuiltModel,
     DirectoryModel,
     Dpo,
@@ -30,17 +40,15 @@ from stages.core.params import (
     Sft,
     load_params,
 )
-from stages.core.prompts import completion_text, prompt_messages, prompt_text
-from stages.core.records import read_json, read_jsonl
-from stages.engine.choose import NO_VLLM, engine_kind, engine_kinds
+from stages.run.paths import BASE, TRAIN, WORK
+from stages.run.stage import MANIFEST
+from stages.text.prompts import completion_text, prompt_messages, prompt_text
+from stages.tiny.problems import problems
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-TRAIN = Path("data/gsm8k/train.jsonl")
-BASE = Path("checkpoints/base")
+NVIDIA, WINDOWS = Path("/dev/nvidiactl"), Path("/dev/dxg")  # one is there when a GPU has its driver
+GB = 10**9
 SCORER_FUNCTION = "score_group"
-# Shown where there is no data yet and none can be made here.
+# Shown while there is no data and none can be generated.
 SAMPLE = {
     "question": "Ann has 3 bags of 4 apples and eats 2. How many apples are left?",
     "answer": "There are <<3*4=12>>12 apples.\nAfter eating 2 there are <<12-2=10>>10.\n#### 10",
@@ -48,56 +56,54 @@ SAMPLE = {
 
 
 def main(console: Console | None = None, gpu_memory: float | None = None) -> None:
-    """Check parameters, files, memory and prompts, and print what was found.
+    """Check parameters, files, memory, disks and prompts, and print what was found.
 
-    `gpu_memory` (GiB) asks for GPUs of that size in place of what this machine has. Raises UserError for the
-    first thing that is wrong, after all of them were listed.
+    `gpu_memory` (GiB) asks about GPUs of that size instead of this machine; its disks are then left out. Everything
+    wrong is printed, and the first thing is raised as a UserError.
     """
-    from rich.console import Console
-
     console = console or Console()
     params = load_params()
-    profile = f"profiles/{params.profile}.yaml"
-    checks = [("params.yaml", ""), (profile, ""), *_engine_problem(params), *_files(params)]
-    _print_checks(console, checks)
-    problems = [f"{name}: {problem}" for name, problem in checks if problem]
-    if problems:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
-    _print_memory(console, params, gpu_memory)
+    checks = [("params.yaml", ""), (f"profiles/{params.profile}.yaml", ""), *_files(params)]
+    if not gpu_memory:
+        checks += _gpu()
+    verdicts = [f"[red]{escape(problem)}[/red]" if problem else "[green]OK[/green]" for _, problem in checks]
+    _print_table(console, ("checked", ""), zip((escape(name) for name, _ in checks), verdicts, strict=True))
+    _raise_first([f"{name}: {problem}" for name, problem in checks if problem])
+
+    too_little = _print_needs(console, params, gpu_memory)
+
     example, origin = _example(params)
     tokenizer, note = _tokenizer(params)
-    console.print(
-        f"\nPrompts, filled with {origin}; what the model is given, then what it is to write", style="bold"
-    )
+    console.print(f"\nThe first prompts, filled with {origin}", style="bold")
     if note:
-        console.print(note, markup=False, highlight=False)
+        _print_text(console, note)
     for title, text in _prompts(params, example, tokenizer):
         console.rule(title, align="left", style="dim")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _print_text(console, text)
+    _raise_first(too_little)
 
 
-def _print_checks(console: Console, checks: list[tuple[str, str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+def _raise_first(problems: list[str]) -> None:
+    if problems:
+        raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
 
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("checked")
-    table.add_column("")
-    for name, problem in checks:
-        table.add_row(escape(name), f"[red]{escape(problem)}[/red]" if problem else "[green]OK[/green]")
+
+def _print_text(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table(console: Console, titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    table = Table(*titles, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 
-def _engine_problem(params: Params) -> Iterator[tuple[str, str]]:
-    """The engine that the profile names, if it names one, and whether it is missing."""
-    if params.hardware.engine != "auto":
-        missing = params.hardware.engine not in engine_kinds()
-        yield "hardware.engine", NO_VLLM if missing else ""
+# ---- Files -------------------------------------------------------------------------------------------
 
 
 def _files(params: Params) -> Iterator[tuple[str, str]]:
-    """(what was looked at, what is wrong with it or '') for every file the parameters name."""
+    """(what was checked, what is wrong with it or '') for every file the parameters name."""
     scorer = Path(params.regime_w.scorer)
     yield f"regime_w.scorer {scorer}", _scorer_problem(scorer)
     if isinstance(params.data, FilesData):
@@ -111,155 +117,6 @@ def _files(params: Params) -> Iterator[tuple[str, str]]:
             f"model.path {folder}",
             "" if found else "holds no config.json; name a model's folder as on the hub",
         )
-
-
-# ---- Does it fit? ------------------------------------------------------------------------------------
-
-
-def _print_memory(console: Console, params: Params, gpu_memory: float | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
-    devices = find_devices(params, gpu_memory)
-    device = min(devices, key=lambda one: one.free)  # every process takes as many rows as the smallest can
-    size = f"{device.free / GIB:.1f} GiB free of {device.total / GIB:.1f}"
-    if gpu_memory:
-        size = f"{gpu_memory:g} GiB"
-    where = f"\n{_count(len(devices), 'process')} on {escape(device.name)}, {size}"
-    console.print(where + _engine(params, device, gpu_memory), style="bold")
-    try:
-        shape = find_shape(params)
-    except UserError as unknown:  # such a model may run all the same
-        console.print(str(unknown), markup=False, highlight=False, soft_wrap=True)
-        return
-    if shape is None:
-        console.print("What the stages need is known once the model's config is here: `dvc repro base`.")
-        return
-    table = Table(box=SIMPLE_HEAD)
-    for title in ("stage", "needs", "rows at once", "fits"):
-        table.add_column(title)
-    for row in estimates(params, shape, device, len(devices)):
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def _engine(params: Params, device: Device, gpu_memory: float | None) -> str:
-    """What generates text, where that is known: not on a GPU that is not there."""
-    kind: str = params.hardware.engine
-    if kind == "auto" and gpu_memory:
-        return ""
-    if kind == "auto" and not device.cuda:
-        kind = "transformers"  # torch need not be asked
-    elif kind == "auto":
-        kind = engine_kind(params.hardware, half=getattr(params.model, "dtype", "float32") != "float32")
-    return f", engine {kind}"
-
-
-def find_devices(params: Params, gpu_memory: float | None = None) -> list[Device]:
-    """One for each process that this host will use; torch is asked only where there is a GPU's driver."""
-    wanted = params.hardware.processes
-    if gpu_memory:
-        count = 1 if wanted == "auto" else wanted
-        return [Device("GPU", True, int(gpu_memory * GIB), int(gpu_memory * GIB) - memory.CONTEXT)] * count
-    if any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        import torch
-
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        devices = []
-        for index in range(found if wanted == "auto" else min(found, wanted)):
-            free, total = torch.cuda.mem_get_info(index)
-            devices.append(Device(torch.cuda.get_device_name(index), True, total, free))
-        if devices:
-            return devices
-    count = 1 if wanted == "auto" else wanted
-    return [memory.cpu_device(count)] * count
-
-
-def find_shape(params: Params) -> Shape | None:
-    """The base model's shape, from its config: of checkpoints/base, its folder, or the hub's cache; else None."""
-    model = params.model
-    if isinstance(model, BuiltModel):
-        return memory.shape_of_built(model)
-    places = []
-    manifest = BASE / "manifest.json"
-    if (
-        manifest.is_file()
-        and read_json(manifest)["params"]["model"] == params.model_dump(mode="json")["model"]
-    ):
-        places.append(BASE / "config.json")
-    if isinstance(model, HubModel):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
-        places += [Path(cached)] if isinstance(cached, str) else []
-    else:
-        places.append(Path(model.path) / "config.json")
-    for place in places:
-        if place.is_file():
-            return memory.shape_of_config({**read_json(place), "dtype": model.dtype}, str(place))
-    return None
-
-
-def estimates(params: Params, shape: Shape, device: Device, processes: int) -> Iterator[tuple[str, ...]]:
-    """(stage, memory needed, rows at once and what follows, whether it fits) for every stage with a model."""
-    lora = params.sft.lora
-    for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
-        yield (name, *_training(params, spec, shape, device, processes))
-    prompt = memory.PROMPT_TOKENS
-    lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}
-    for name, new in lengths.items():
-        need = memory.generation_need(shape, lora.r, prompt, new)
-        given = params.hardware.generation_batch
-        rows = memory.generation_rows(need, device) if given == "auto" else given
-        advice = "lower hardware.generation_batch" if rows > 1 else f"lower {name}.max_new_tokens"
-        # vLLM and continuous batching fill what memory there is by themselves; then this is what one row needs.
-        yield (name, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
-
-
-def _training(
-    params: Params, spec: Sft | Dpo, shape: Shape, device: Device, available: int
-) -> tuple[str, str, str]:
-    lora, hardware = params.sft.lora, params.hardware
-
-    def need_of(checkpointing: bool) -> Need:
-        dropout = lora.dropout > 0
-        return memory.training_need(shape, spec, spec.max_tokens, lora.r, dropout, checkpointing, device.cuda)
-
-    processes = training_processes(available, spec.batch)
-    limit, checkpointing = memory.plan_training(need_of, spec, hardware, device.free, processes)
-    need, rows = need_of(checkpointing), micro_batch(spec.batch, processes, limit)
-    steps = spec.batch // (rows * processes)
-    pairs = isinstance(spec, Dpo)
-    follows = f"{rows} {'pairs' if pairs else 'rows'}"
-    if processes > 1:
-        follows += f" x {processes} processes"
-    if steps > 1:
-        follows += f" x {steps} passes"
-    follows += f" = {spec.batch}" if steps * processes > 1 else ""
-    follows += ", recomputing" if checkpointing else ""
-    if rows > 1:
-        advice = "lower hardware.per_device_batch"
-    elif not checkpointing:
-        advice = "set hardware.gradient_checkpointing: auto"
-    else:
-        advice = f"lower {'dpo' if pairs else 'sft'}.max_tokens"
-    return f"{need.at(rows) / GIB:.1f} GiB", follows, _verdict(need, rows, device, advice)
-
-
-def _verdict(need: Need, rows: int, device: Device, advice: str) -> str:
-    if need.rows(device.free) >= rows:
-        return "yes"
-    if need.fixed > device.free * memory.USED:
-        return f"no: {need.fixed / GIB:.1f} GiB before the first row; use a larger GPU"
-    return f"no: {advice}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}es"
-
-
-# ---- Files and prompts -------------------------------------------------------------------------------
 
 
 def _scorer_problem(path: Path) -> str:
@@ -281,17 +138,234 @@ def _scorer_problem(path: Path) -> str:
     return "" if SCORER_FUNCTION in names else f"defines no {SCORER_FUNCTION}(question, trajectories)"
 
 
+# ---- Memory ------------------------------------------------------------------------------------------
+
+
+def _gpu() -> Iterator[tuple[str, str]]:
+    """Whether torch can use the GPU whose driver is here. Nothing where GPUs are hidden on purpose."""
+    if NVIDIA.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        import torch
+
+        built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda},"
+        usable = torch.cuda.is_available()
+        yield "GPU", "" if usable else f"{built} finds none, though the driver is here (docs/rented-host.md)"
+
+
+def _print_needs(console: Console, params: Params, gpu_memory: float | None) -> list[str]:
+    """Print what the run needs and what is there; return one line for each disk or memory that is too small."""
+    devices = find_devices(params, gpu_memory)
+    device = min(
+        devices, key=lambda one: one.free
+    )  # every process takes as many rows as the fullest device can
+    size = (
+        f"{gpu_memory:g} GiB"
+        if gpu_memory
+        else f"{device.free / GIB:.1f} GiB free of {device.total / GIB:.1f}"
+    )
+    processes = "1 process" if len(devices) == 1 else f"{len(devices)} processes"
+    on_another_machine = (
+        gpu_memory and params.hardware.engine == "auto"
+    )  # what is installed there is not known
+    engine = "" if on_another_machine else f", engine {engine_kind(params.hardware)}"
+    console.print(f"\n{processes} on {escape(device.name)}, {size}{engine}", style="bold")
+    try:
+        shape = find_shape(params)
+    except UserError as unknown:  # such a model may run all the same
+        _print_text(console, str(unknown))
+        return []
+    if shape is None:
+        _print_text(
+            console,
+            "How much memory and disk the run needs is known once the model's config is here: `dvc repro base`, "
+            "which looks for enough disk space before it downloads the model.",
+        )
+        return []
+    titles = ("stage", "needs", "rows at once", "fits")
+    _print_table(console, titles, estimates(params, shape, device, len(devices)))
+    if gpu_memory:
+        return []
+    table, too_little = [], []
+    for what, need, free in needed_room(params, shape, devices):
+        cells = what, f"{need / GB:.1f} GB", f"{free / GB:.1f} GB", "yes" if free >= need else "no"
+        table.append(cells)
+        if free < need:
+            too_little.append(f"{what}: {cells[1]} are needed and {cells[2]} are free (docs/rented-host.md)")
+    _print_table(console, ("room for", "needs", "free", "fits"), table)
+    return too_little
+
+
+def find_devices(params: Params, gpu_memory: float | None = None) -> list[Device]:
+    """The device of each process that this host will start. torch is only imported where a GPU's driver is."""
+    wanted = params.hardware.processes
+    count = 1 if wanted == "auto" else wanted
+    if gpu_memory:
+        total = int(gpu_memory * GIB)
+        return [Device("GPU", True, total, total - memory.CONTEXT)] * count
+    if NVIDIA.exists() or WINDOWS.exists():
+        import torch
+
+        gpus = torch.cuda.device_count()
+        devices = []
+        for index in range(gpus if wanted == "auto" else min(gpus, wanted)):
+            free, total = torch.cuda.mem_get_info(index)
+            devices.append(Device(torch.cuda.get_device_name(index), True, total, free))
+        if devices:
+            return devices
+    return [memory.cpu_device(count)] * count
+
+
+def _base_is_made(params: Params) -> bool:
+    """Whether checkpoints/base holds the model that the profile names."""
+    manifest = BASE / MANIFEST
+    return (
+        manifest.is_file()
+        and read_json(manifest)["params"]["model"] == params.model_dump(mode="json")["model"]
+    )
+
+
+def find_shape(params: Params) -> Shape | None:
+    """The base model's shape by its config: in checkpoints/base, its folder, or the hub's cache. None without one."""
+    model = params.model
+    if isinstance(model, BuiltModel):
+        return memory.shape_of_built(model)
+    places = [BASE / "config.json"] if _base_is_made(params) else []
+    if isinstance(model, HubModel):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+        places += [Path(cached)] if isinstance(cached, str) else []
+    else:
+        places.append(Path(model.path) / "config.json")
+    for place in places:
+        if place.is_file():
+            return memory.shape_of_config({**read_json(place), "dtype": model.dtype}, str(place))
+    return None
+
+
+def estimates(params: Params, shape: Shape, device: Device, processes: int) -> Iterator[tuple[str, ...]]:
+    """(stage, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
+    for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
+        yield (name, *_training(params, spec, shape, device, processes))
+    lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}
+    for name, new in lengths.items():
+        need = memory.generation_need(shape, params.sft.lora.r, memory.PROMPT_TOKENS, new)
+        given = params.hardware.generation_batch
+        rows = memory.generation_rows(need, device) if given == "auto" else given
+        advice = "lower hardware.generation_batch" if rows > 1 else f"lower {name}.max_new_tokens"
+        # vLLM fills all memory it is given; for it this is the least that it needs.
+        yield (name, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
+
+
+def _training(
+    params: Params, spec: Sft | Dpo, shape: Shape, device: Device, available: int
+) -> tuple[str, str, str]:
+    lora, hardware = params.sft.lora, params.hardware
+
+    def need_of(checkpointing: bool) -> Need:
+        dropout = lora.dropout > 0
+        return memory.training_need(shape, spec, spec.max_tokens, lora.r, dropout, checkpointing, device.cuda)
+
+    processes = training_processes(available, spec.batch)
+    limit, checkpointing = memory.rows_and_checkpointing(need_of, spec, hardware, device.free, processes)
+    need, rows = need_of(checkpointing), micro_batch(spec.batch, processes, limit)
+    passes = spec.batch // (rows * processes)
+    pairs = isinstance(spec, Dpo)
+    taken = f"{rows} {'pairs' if pairs else 'rows'}"
+    if processes > 1:
+        taken += f" x {processes} processes"
+    if passes > 1:
+        taken += f" x {passes} passes"
+    if processes * passes > 1:
+        taken += f" = {spec.batch}"
+    if checkpointing:
+        taken += ", recomputing"
+    if rows > 1:
+        advice = "lower hardware.per_device_batch"
+    elif not checkpointing:
+        advice = "set hardware.gradient_checkpointing: auto"
+    else:
+        advice = f"lower {'dpo' if pairs else 'sft'}.max_tokens"
+    return f"{need.at(rows) / GIB:.1f} GiB", taken, _verdict(need, rows, device, advice)
+
+
+def _verdict(need: Need, rows: int, device: Device, advice: str) -> str:
+    if need.rows(device.free) >= rows:
+        return "yes"
+    if need.fixed > device.free * memory.USED:
+        return f"no: {need.fixed / GIB:.1f} GiB before the first row; use a larger GPU"
+    return f"no: {advice}"
+
+
+# ---- Room on the disks, and in the host's memory ------------------------------------------------------
+
+
+def needed_room(params: Params, shape: Shape, devices: list[Device]) -> Iterator[tuple[str, int, int]]:
+    """(what for, bytes still needed, bytes free) for every disk that the run writes to, and for the host's memory.
+
+    Only what is certain is counted, so too little room is an error. Not counted: the download, whose size only the
+    hub knows (`base` asks for it and looks at the disk first), and the texts, which are small beside the weights.
+    """
+    model = shape.parameters() * shape.width
+    adapter = shape.adapter_parameters(params.sft.lora.r) * 4
+    new = 0 if _base_is_made(params) else model
+    converted = sum(file.stat().st_size for file in (WORK / "base").rglob("*") if file.is_file())
+    cache, linked = _dvc_cache()
+    # Two adapters, and DVC's copies. While DPO saves, three checkpoints: with the reference and Adam's two averages.
+    training = (2 * 2 + 3 * (2 + 2)) * adapter
+    disks: dict[int, tuple[list[str], int, int]] = {}
+    for what, place, bytes_ in (
+        ("base model", BASE, max(0, new - converted)),
+        ("DVC's copy", cache, 0 if linked else new),
+        ("training", WORK, training),
+    ):
+        if bytes_:
+            folder = _existing(place)
+            names, total, _ = disks.get(folder.stat().st_dev, ([], 0, 0))
+            disks[folder.stat().st_dev] = ([*names, what], total + bytes_, shutil.disk_usage(folder).free)
+    for names, total, free in disks.values():
+        yield f"disk: {', '.join(names)}", total, free
+    if devices[0].cuda:  # on a CPU, the stages' own estimates say it
+        what = "memory: base model, on its way to each GPU"
+        yield what, len(devices) * model, memory.cpu_device(1).free
+
+
+def _existing(path: Path) -> Path:
+    """The deepest folder on the way to `path` that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _dvc_cache() -> tuple[Path, bool]:
+    """DVC's cache, and whether a file there and its twin among the outputs take room once (tried out, as DVC does)."""
+    from dvc.config import Config, ConfigError
+    from dvc.fs import localfs
+    from dvc_objects.fs.generic import test_links
+
+    try:
+        settings = Config(".dvc")["cache"]
+    except ConfigError as error:
+        raise UserError(f"DVC: {error}") from None
+    cache = Path(settings.get("dir", ".dvc/cache"))
+    kinds = list(takewhile(lambda kind: kind != "copy", settings.get("type", ["reflink"])))
+    with (
+        contextlib.suppress(OSError),  # a folder that cannot be written
+        TemporaryDirectory(dir=_existing(cache), suffix=".tmp") as there,
+        TemporaryDirectory(dir=".", suffix=".tmp") as here,
+    ):
+        return cache, bool(test_links(kinds, localfs, there, localfs, f"{here}/file"))
+    return cache, False
+
+
+# ---- Prompts -----------------------------------------------------------------------------------------
+
+
 def _example(params: Params) -> tuple[dict[str, Any], str]:
     """A question with its gold solution, and where it comes from."""
-    if TRAIN.is_file():
-        for row in islice(read_jsonl(TRAIN, {"question": str, "answer": str}), 1):
-            return row, f"the first row of {TRAIN}"
-    if isinstance(params.data, FilesData):
-        for row in islice(read_jsonl(Path(params.data.train), {"question": str, "answer": str}), 1):
-            return row, f"the first row of {params.data.train}"
+    files = [TRAIN, *([Path(params.data.train)] if isinstance(params.data, FilesData) else [])]
+    for file in files:
+        if file.is_file():
+            for row in islice(read_jsonl(file, {"question": str, "answer": str}), 1):
+                return row, f"the first row of {file}"
     if isinstance(params.data, GeneratedData):
-        from stages.tiny.problems import problems
-
         problem = next(problems("train", params.seed))
         return {"question": problem.question, "answer": problem.answer}, "the first generated problem"
     return SAMPLE, "a sample question (run `dvc repro prepare` to see one of your own)"
@@ -301,15 +375,11 @@ def _tokenizer(params: Params) -> tuple[Any, str]:
     """The tokenizer whose chat template fills the prompts, or None and why there is none yet."""
     if not params.prompt.chat:
         return None, ""
-    if not (BASE / "manifest.json").is_file():
+    if not _base_is_made(params):
+        state = "holds another model" if (BASE / MANIFEST).is_file() else "is not there"
         return (
             None,
-            f"{BASE} is not there; the tokenizer applies its chat template after `base` ran. The messages",
-        )
-    if read_json(BASE / "manifest.json")["params"]["model"] != params.model_dump(mode="json")["model"]:
-        return (
-            None,
-            f"{BASE} holds another model; the chat template comes with `dvc repro base`. The messages",
+            f"{BASE} {state}: run `dvc repro base` to see these messages in the model's chat template.",
         )
     from transformers import AutoTokenizer
 

@@ -2,26 +2,28 @@
 
     python -m stages compare data/platinum_eval/sft.jsonl data/platinum_eval/dpo.jsonl --show lost 3
 
-Questions are paired by id, in whatever order they come. Kept in memory is only the id of each question, its
-verdict and the hash of its completion, so that logs of gigabytes can be compared.
+Questions are paired by id, in whatever order they come. Only the id of each question, its verdict and the hash of
+its completion stay in memory, so that logs of gigabytes can be compared.
 """
 
 from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.core.errors import UserError
-from stages.core.records import read_numbered_jsonl
-from stages.core.stats import Side, compare_sides, p_words, wilson
+from stages.run.errors import UserError
+from stages.run.files import read_numbered_jsonl
+from stages.stats.one import wilson
+from stages.stats.paired import Side, compare_sides, p_words
 from stages.tools.fields import find, question_id, require
+from stages.tools.show import new_console, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +39,6 @@ class Log:
     """What is kept of a log: one entry a row in each array."""
 
     path: Path
-    name: str
     place: dict[str | int, int] = field(default_factory=dict)  # id -> its entry in the arrays
     line: array[int] = field(default_factory=lambda: array("q"))
     correct: bytearray = field(default_factory=bytearray)
@@ -72,57 +73,45 @@ def main(
 
     Raises UserError for a log that is not graded, a doubled id, or two logs that share no question.
     """
-    from rich.console import Console
-
-    console = console or Console()
     if show and (show[0] not in ("gained", "lost") or show[1] < 1):
         raise UserError(f"--show {show[0]} {show[1]}: say gained or lost, and how many, as --show lost 5")
-    short = a.stem != b.stem
-    log_a, log_b = (
-        _read(path, path.stem if short else str(path), id_field, correct_field) for path in (a, b)
-    )
+    name_a, name_b = (a.stem, b.stem) if a.stem != b.stem else (str(a), str(b))
+    log_a, log_b = _read(a, id_field, correct_field), _read(b, id_field, correct_field)
     shared = [key for key in log_a.place if key in log_b.place]
-    only = [
-        [key for key in log.place if key not in other.place]
-        for log, other in ((log_a, log_b), (log_b, log_a))
-    ]
     if not shared:
-        examples = " and ".join(f"{log.name} has {next(iter(log.place))!r}" for log in (log_a, log_b))
-        raise UserError(f"{a} and {b} share no question id ({examples}): there is nothing to pair; see --id")
+        ids = f"{name_a} has {next(iter(log_a.place))!r} and {name_b} has {next(iter(log_b.place))!r}"
+        raise UserError(f"{a} and {b} share no question id ({ids}): there is nothing to pair; see --id")
+    only_a = [key for key in log_a.place if key not in log_b.place]
+    only_b = [key for key in log_b.place if key not in log_a.place]
     order_a, order_b = (np.array([log.place[key] for key in shared]) for log in (log_a, log_b))
-    side_a, side_b = log_a.side(order_a, len(only[0])), log_b.side(order_b, len(only[1]))
-    result = compare_sides(
-        side_a, side_b, _identical(log_a, log_b, order_a, order_b), log_a.name, log_b.name, SEED
-    )
+    side_a, side_b = log_a.side(order_a, len(only_a)), log_b.side(order_b, len(only_b))
+    same = _identical(log_a, log_b, order_a, order_b)
+    result = compare_sides(side_a, side_b, same, name_a, name_b, SEED)
     for letter, side in (("a", side_a), ("b", side_b)):
         low, high = wilson(int(side.correct.sum()), len(shared))
         result |= {f"accuracy_{letter}_low": low, f"accuracy_{letter}_high": high}
 
     shown: list[dict[str, Any]] = []
     if show:
-        changed = (
-            side_b.correct & ~side_a.correct if show[0] == "gained" else side_a.correct & ~side_b.correct
-        )
-        chosen = np.flatnonzero(changed)[: show[1]]
-        rows = [
-            _rows_at(log.path, {log.line[place] for place in order[chosen]})
-            for log, order in ((log_a, order_a), (log_b, order_b))
-        ]
+        before, after = (side_a, side_b) if show[0] == "gained" else (side_b, side_a)
+        changed = np.flatnonzero(after.correct & ~before.correct)[: show[1]]
+        rows_a, rows_b = _rows_at(log_a, order_a[changed]), _rows_at(log_b, order_b[changed])
         shown = [
-            {"id": shared[i], "a": rows[0][log_a.line[order_a[i]]], "b": rows[1][log_b.line[order_b[i]]]}
-            for i in chosen
+            {"id": shared[i], "a": rows_a[log_a.line[order_a[i]]], "b": rows_b[log_b.line[order_b[i]]]}
+            for i in changed
         ]
     if as_json:
-        facts = {"a": str(a), "b": str(b), **result, "only_a_ids": only[0], "only_b_ids": only[1]}
+        facts = {"a": str(a), "b": str(b), **result, "only_a_ids": only_a, "only_b_ids": only_b}
         print(json.dumps(facts | ({"show": show[0], "shown": shown} if show else {}), indent=2))
         return
-    _print(console, result, log_a.name, log_b.name, only)
+    console = console or new_console()
+    _print(console, result, (name_a, only_a), (name_b, only_b))
     if show:
-        _print_shown(console, show[0], shown, log_a.name, log_b.name)
+        _print_shown(console, show[0], shown, name_a, name_b)
 
 
-def _read(path: Path, name: str, id_field: str, correct_field: str) -> Log:
-    log = Log(path, name)
+def _read(path: Path, id_field: str, correct_field: str) -> Log:
+    log = Log(path)
     for number, record in read_numbered_jsonl(path):
         try:
             key = question_id(require(record, id_field, "--id"), id_field)
@@ -171,39 +160,49 @@ def _identical(log_a: Log, log_b: Log, order_a: Any, order_b: Any) -> int | None
     return int(((a == b) & (a != 0)).sum())
 
 
-def _rows_at(path: Path, lines: set[int]) -> dict[int, dict[str, Any]]:
-    """The records at some line numbers."""
-    found: dict[int, dict[str, Any]] = {}
-    for number, record in read_numbered_jsonl(path):
-        if number in lines:
-            found[number] = record
-            if len(found) == len(lines):
-                break
-    return found
+def _rows_at(log: Log, entries: Any) -> dict[int, dict[str, Any]]:
+    """The records of some entries, read again; by line number."""
+    lines = {log.line[entry] for entry in entries}
+    found = ((number, record) for number, record in read_numbered_jsonl(log.path) if number in lines)
+    return dict(islice(found, len(lines)))
 
 
-def _print(console: Console, result: dict[str, Any], name_a: str, name_b: str, only: list[list[Any]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
+# ---- What is printed ---------------------------------------------------------------------------------
 
-    title = f"{name_a} → {name_b}, {result['questions']:,} questions in both"
-    table = Table(
-        title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, min_width=len(title)
-    )
-    for name in ("", escape(name_a), escape(name_b), "change", "p"):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+
+def _print(console: Console, result: dict[str, Any], *sides: tuple[str, list[Any]]) -> None:
+    """Print the statistics; `sides` are the logs' names, each with the ids that only this log has."""
+    (name_a, _), (name_b, _) = sides
+    n, same = result["questions"], result["identical_completions"]
+    title = f"{name_a} → {name_b}, {n:,} questions in both"
+    columns = ("", name_a, name_b, "change", "p")
+    table = new_table(*columns, right=columns[1:], title=title, min_width=len(title))
     table.add_row("greedy", *_cells(result, "accuracy", "difference", "p"))
-    table.add_row("", *_intervals(result, ("accuracy_a", "accuracy_b", "difference")), "", style="dim")
+    intervals = [_interval(result, name) for name in ("accuracy_a", "accuracy_b", "difference")]
+    table.add_row("", *intervals, style="dim")
     if "mean_p" in result:
-        k = {result["samples_a"], result["samples_b"]}
-        table.add_row(
-            f"mean@{'/'.join(map(str, sorted(k)))}", *_cells(result, "mean", "mean_difference", "mean_p")
-        )
-        table.add_row("", "", "", *_intervals(result, ("mean_difference",)), "", style="dim")
+        k = sorted({result["samples_a"], result["samples_b"]})
+        table.add_row(f"mean@{'/'.join(map(str, k))}", *_cells(result, "mean", "mean_difference", "mean_p"))
+        table.add_row("", "", "", _interval(result, "mean_difference"), style="dim")
     console.print(table)
-    for line in _lines(result, name_a, name_b, only):
-        console.print(line, markup=False, highlight=False)
+    console.print(
+        f"gained {result['gained']:,} (only {name_b} right), lost {result['lost']:,} (only {name_a} right)"
+    )
+    known = f"{same:,} of {n:,}" if same is not None else "unknown, a log has no field 'completion'"
+    console.print(f"identical completions: {known}")
+    measures = {"greedy": ""} | ({f"mean@{result['samples_b']}": "mean_"} if "mean_p" in result else {})
+    for measure, prefix in measures.items():
+        if visible := result[f"{prefix}smallest_visible"]:
+            points = f"{ceil(1000 * visible) / 10:.1f} points"
+            console.print(f"smallest visible difference, {measure}: {points}")
+    for name, keys in sides:
+        if keys:
+            more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+            console.print(
+                f"only in {name}, left out: {len(keys):,} ({', '.join(map(_printable, keys[:NAMED]))}{more})"
+            )
+    for measure, prefix in measures.items():
+        console.print(f"{measure}: {result[f'{prefix}verdict']}")
 
 
 def _cells(result: dict[str, Any], rate: str, difference: str, p: str) -> list[str]:
@@ -215,59 +214,30 @@ def _cells(result: dict[str, Any], rate: str, difference: str, p: str) -> list[s
     ]
 
 
-def _intervals(result: dict[str, Any], names: tuple[str, ...]) -> Iterator[str]:
-    for name in names:
-        low, high = 100 * result[f"{name}_low"], 100 * result[f"{name}_high"]
-        yield f"{low:+.1f} to {high:+.1f}" if "difference" in name else f"{low:.1f}–{high:.1f}"
-
-
-def _lines(result: dict[str, Any], name_a: str, name_b: str, only: list[list[Any]]) -> Iterator[str]:
-    """What the table leaves to words."""
-    n, same = result["questions"], result["identical_completions"]
-    yield f"gained {result['gained']:,} (only {name_b} right), lost {result['lost']:,} (only {name_a} right)"
-    if same is None:
-        yield "identical completions: unknown, a log has no field 'completion'"
-    else:
-        yield f"identical completions: {same:,} of {n:,}"
-    for kind, visible in (
-        ("greedy", result["smallest_visible"]),
-        (f"mean@{result.get('samples_b')}", result.get("mean_smallest_visible")),
-    ):
-        if visible is not None:
-            yield f"smallest visible difference, {kind}: {ceil(1000 * visible) / 10:.1f} points"
-    for name, keys in ((name_a, only[0]), (name_b, only[1])):
-        if keys:
-            more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
-            yield f"only in {name}, left out: {len(keys):,} ({', '.join(map(_shown, keys[:NAMED]))}{more})"
-    yield f"greedy: {result['verdict']}"
-    if "mean_verdict" in result:
-        yield f"mean@{result['samples_b']}: {result['mean_verdict']}"
+def _interval(result: dict[str, Any], name: str) -> str:
+    low, high = 100 * result[f"{name}_low"], 100 * result[f"{name}_high"]
+    return f"{low:+.1f} to {high:+.1f}" if "difference" in name else f"{low:.1f}–{high:.1f}"
 
 
 def _print_shown(console: Console, kind: str, shown: list[dict[str, Any]], name_a: str, name_b: str) -> None:
-    from rich.markup import escape
-
     if not shown:
-        console.print(f"\nno question was {kind}", highlight=False)
+        console.print(f"\nno question was {kind}")
     for one in shown:
+        a, b = one["a"], one["b"]
         console.print()
-        console.rule(escape(f"{kind}: {_shown(one['id'])}"), align="left", style="dim")
-        for label, text in (
-            ("question", one["a"].get("question", one["b"].get("question"))),
-            ("gold", one["a"].get("gold")),
-            (name_a, one["a"].get("completion")),
-            (name_b, one["b"].get("completion")),
+        console.rule(f"{kind}: {_printable(one['id'])}", align="left", style="dim")
+        for label, value in (
+            ("question", a.get("question", b.get("question"))),
+            ("gold", a.get("gold")),
+            (name_a, a.get("completion")),
+            (name_b, b.get("completion")),
         ):
-            if text is not None:
-                console.print(label, style="bold", markup=False, highlight=False)
-                console.print(_ending(_shown(text)), markup=False, highlight=False)
+            if value is not None:
+                text = _printable(value).strip()
+                console.print(label, style="bold")
+                console.print(text if len(text) <= ENDING else "... " + text[-ENDING:])
 
 
-def _shown(value: Any) -> str:
+def _printable(value: Any) -> str:
     """As text that any terminal takes: half a surrogate pair as its escape."""
     return str(value).encode(errors="backslashreplace").decode()
-
-
-def _ending(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= ENDING else "... " + text[-ENDING:]

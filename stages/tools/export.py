@@ -1,10 +1,11 @@
-"""`python -m stages export --policy dpo DIR`: a policy as one model folder, for whatever serves it.
+"""`python -m stages export --policy dpo DIR`: writes a policy as one model folder, for any program that serves models.
 
     python -m stages export --policy dpo ../looper-dpo
 
-The adapter is merged in fp32 (stages/tools/merge.py). Then the folder is loaded as anyone would load it and compared
-with the unmerged policy on some questions, because rounding to the chosen precision is not nothing. README.md, the
-model card, is made from the run; export.json holds the same facts as data. DIR appears whole or not at all.
+PEFT merges the adapter into the base. Then this tool loads the folder as anyone would, and compares it with the
+unmerged policy on some questions: the weights were rounded to the chosen precision, which can change answers.
+README.md, the model card, is made from the run; export.json holds the same facts as data. DIR appears whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -26,45 +25,29 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from stages.core.errors import UserError
-from stages.core.guard import leave_on_sigterm
-from stages.core.launch import fix_arithmetic
-from stages.core.params import Evaluate, Params, Prompt, load_params
-from stages.core.paths import ADAPTERS, BASE
-from stages.core.prompts import prompt_ids, prompt_text
-from stages.core.provenance import (
-    AS_RECORDED,
-    MADE_BY,
-    PLATINUM_EVAL,
-    PROBLEMS,
-    TRAINING,
-    History,
-    Step,
-    broken,
-    settings,
-)
-from stages.core.records import Fields, atomic_write, read_json, read_jsonl, sha256_file, write_json
-from stages.core.stage import MANIFEST, atomic_folder
-from stages.core.table import POLICIES, samples_of
+from stages.run.errors import UserError
+from stages.run.files import atomic_folder, atomic_write, read_json, read_jsonl, sha256_file, write_json
+from stages.run.guard import leave_on_sigterm
+from stages.run.history import AS_RECORDED, MADE_BY, TRAINING, History, broken, settings
+from stages.run.params import Evaluate, Params, Prompt, load_params
+from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, POLICIES, VALID
+from stages.run.process import fix_arithmetic
+from stages.run.stage import MANIFEST
+from stages.text.prompts import prompt_ids, prompt_text
 from stages.tools.ask import check_policy
+from stages.tools.show import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stages.tools.merge import Merged
-
 FACTS = "export.json"
 CARD = "README.md"
 TEMPLATE = "model_card.md.j2"
-# Of a base folder, what is not copied: weights are written anew, the rest is about how the base was made.
-NOT_COPIED = ("*.safetensors", "*.safetensors.index.json", MANIFEST, "generation_config.json", CARD)
-LOGIT_BYTES = 2**31  # of the unmerged policy's logits, kept for the comparison
-DETAILS = "metrics/platinum_details"
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+LOGIT_BYTES = 2**30  # of the logits of each model, kept for the comparison
 SEED = 0  # of the bootstraps, as in the report
 EXAMPLE = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
-ROW_FIELDS: Fields = {"id": str, "correct": bool}
-# Parameters that name a place on this machine.
-PRIVATE = ("path", "train", "platinum", "scorer")
+PRIVATE = ("path", "train", "platinum", "scorer")  # parameters that may name a place on this machine
 
 
 def main(
@@ -82,60 +65,65 @@ def main(
     """
     params = load_params()
     check_policy("export", policy)
-    shard_bytes = _size(max_shard_size)
-    _check_folder(folder, force)
-    history = History()
-    _check_weights(policy, history)
-    from rich.console import Console
-
-    console = console or Console(highlight=False)
-    from stages.tools.merge import PRECISIONS, merge, precision_of, read_lora, total_bytes, weight_files
-
     if precision is not None and precision not in PRECISIONS:
         raise UserError(f"--precision: '{precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
-    dtype = PRECISIONS[precision] if precision else None
-    adapter = ADAPTERS[policy]
-    lora = read_lora(adapter) if adapter else None
-    place = next(one for one in folder.absolute().parents if one.exists())
-    need = total_bytes(BASE, dtype)
-    if shutil.disk_usage(place).free < need + 2**24:
-        free = shutil.disk_usage(place).free
-        raise UserError(
-            f"{place}: {free / 1e9:.1f} GB are free, the export takes {need / 1e9:.1f} GB; name a folder elsewhere"
-        )
-    prompt, spec = _asked(params, history, policy)
-
-    _remove_left_by_kills(folder)
-    with leave_on_sigterm(), _in_one_line(folder), atomic_folder(folder) as fresh:
-        with console.status("merging") as status:
-            tensors, done = len(weight_files(BASE)), 0
-
-            def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                status.update(f"merging: {done} of {tensors} tensors")
-
-            merged = merge(BASE, lora, fresh, dtype, shard_bytes, advance)
-            _copy_rest(fresh, precision, spec)
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise UserError(f"--max-shard-size {max_shard_size}: say it as 500MB or 4GB")
+    console = console or new_console()
+    with leave_on_sigterm(), _in_one_line(folder):
+        _check_folder(folder, force)
+        history = History()
+        _check_weights(policy, history)
+        prompt, spec = _recorded_settings(policy, history, params)
+        _remove_left_by_kills(folder)
+        with atomic_folder(folder) as fresh, console.status("merging") as status:
+            written = write_model(policy, precision, max_shard_size, spec.max_new_tokens, fresh)
             status.update("comparing with the unmerged policy")
-            comparison = (
-                compare_with_unmerged(policy, fresh, params, prompt, spec, questions) if questions else None
-            )
-        facts = gather(policy, fresh, precision or precision_of(BASE), merged, comparison, history, prompt)
-        write_json(fresh / FACTS, facts)
-        with atomic_write(fresh / CARD) as file:
-            file.write(card(facts))
-        for path in fresh.iterdir():  # safetensors makes files that only their owner may read
-            path.chmod((fresh / FACTS).stat().st_mode)
-    for line in words(facts, folder):
-        console.print(line, markup=False, soft_wrap=True)
+            comparison = compare_with_unmerged(policy, fresh, prompt, spec, params, questions)
+            facts = written | {"unmerged": comparison} | gather(policy, fresh, history, prompt)
+            write_json(fresh / FACTS, facts)
+            with atomic_write(fresh / CARD) as file:
+                file.write(card(facts))
+            for path in fresh.iterdir():  # safetensors makes files that only their owner may read
+                path.chmod((fresh / FACTS).stat().st_mode)
+    for line in summary_lines(facts, folder):
+        console.print(line, soft_wrap=True)
 
 
-# ---- the folder --------------------------------------------------------------------------------------
+# ---- The folder --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _in_one_line(folder: Path) -> Iterator[None]:
+    """Say in one line what the file system or a library refused; `atomic_folder` removes what was written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: not exported ({reason:.200}); nothing was left there") from error
+
+
+def _check_folder(folder: Path, force: bool) -> None:
+    """Refuse a folder in which something could be lost, or from which `git add` would take the weights."""
+    whole, here = folder.resolve(), Path.cwd().resolve()
+    if whole.is_relative_to(here) or here.is_relative_to(whole):
+        raise UserError(
+            f"{folder}: must lie outside of this project, as a new folder: for example ../looper-dpo"
+        )
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder}: exists and is no folder; name another one")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / FACTS).is_file():
+        raise UserError(f"{folder}: is not empty and no earlier export (no {FACTS}); name a new folder")
+    if not force:
+        raise UserError(f"{folder}: holds an earlier export; --force replaces it")
 
 
 def _check_weights(policy: str, history: History) -> None:
-    """The weights must be those their manifests have, and the adapter on the base it was trained on."""
+    """The weights must be those their manifests name, and the adapter must have been trained on this base."""
     for name in dict.fromkeys(("base", policy)):
         step = history.step(name)
         if step is None or step.source != "manifest":
@@ -147,174 +135,13 @@ def _check_weights(policy: str, history: History) -> None:
                 raise UserError(f"export: {link}; `dvc checkout` brings back what was recorded")
 
 
-def _size(text: str) -> int:
-    """Bytes from `500MB` or `4GB`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip(), re.IGNORECASE)
-    size = int(float(found[1]) * 1000 ** (" KMGT".index(found[2].upper()))) if found else 0
-    if not size:
-        raise UserError(f"--max-shard-size {text}: say it as 500MB or 4GB")
-    return size
-
-
-def _check_folder(folder: Path, force: bool) -> None:
-    """Refuse a folder in which something could be lost, before any work."""
-    whole = folder.resolve()
-    inside = next((out for out in MADE_BY.values() if out.resolve() in (whole, *whole.parents)), None)
-    if inside or whole in Path.cwd().resolve().parents or whole == Path.cwd().resolve():
-        raise UserError(
-            f"{folder}: is {inside or 'where this project lies'}; name a new folder, such as ../looper-dpo"
-        )
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder}: exists and is no folder; name another one")
+def _recorded_settings(policy: str, history: History, params: Params) -> tuple[Prompt, Evaluate]:
+    """The prompt the policy was trained for, and how it was evaluated; today's settings where none are recorded."""
+    used: dict[str, Any] = params.model_dump(mode="json")
+    for manifest in (history.manifest(f"evaluate@{policy}"), history.manifest(policy)):
+        used |= manifest.params if manifest else {}
     try:
-        filled = folder.is_dir() and any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); name another folder") from None
-    if filled and not (folder / FACTS).is_file():
-        raise UserError(f"{folder}: is not empty and no earlier export (no {FACTS}); name a new folder")
-    if filled and not force:
-        raise UserError(f"{folder}: holds an earlier export; --force replaces it")
-    place = next((one for one in whole.parents if one.exists()), whole)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"{folder}: cannot be written; check what {place} is, its owner and its disk")
-
-
-def _remove_left_by_kills(folder: Path) -> None:
-    """Remove the unfinished folders of exports that were killed (gigabytes); one that still runs keeps its own."""
-    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        try:
-            os.kill(int(left.name.split(".")[-2]), 0)
-        except ProcessLookupError:  # no such process
-            shutil.rmtree(left, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):  # not of an export; another user's
-            continue
-
-
-@contextlib.contextmanager
-def _in_one_line(folder: Path) -> Iterator[None]:
-    """Say in one line what a file system or library refused; `atomic_folder` has left nothing by then."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: not exported ({reason:.200}); nothing was left there") from error
-
-
-def _copy_rest(fresh: Path, precision: str | None, spec: Evaluate) -> None:
-    """Config, tokenizer and generation settings, without a path of this machine."""
-    from transformers import AutoTokenizer, GenerationConfig
-
-    from stages.engine.base import end_ids
-    from stages.tools.merge import PRECISIONS
-
-    for path in sorted(BASE.iterdir()):
-        if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
-            shutil.copyfile(path, fresh / path.name)
-    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
-    declared = GenerationConfig.from_pretrained(BASE, local_files_only=True)
-    ends = end_ids(tokenizer, declared)
-    # What else the base declares (penalties, top_k) was not in the evaluation either.
-    GenerationConfig(
-        do_sample=False,
-        max_new_tokens=spec.max_new_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(fresh)
-    config = read_json(fresh / "config.json")
-    config.pop("_name_or_path", None)
-    if precision:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(PRECISIONS[precision]).removeprefix("torch.")
-    write_json(fresh / "config.json", config)
-    if (fresh / "tokenizer_config.json").is_file():
-        options = read_json(fresh / "tokenizer_config.json")
-        options.pop("name_or_path", None)
-        options["padding_side"] = "left"  # what generation in batches needs
-        write_json(fresh / "tokenizer_config.json", options)
-
-
-# ---- against the unmerged policy ---------------------------------------------------------------------
-
-
-def compare_with_unmerged(
-    policy: str, folder: Path, params: Params, prompt: Prompt, spec: Evaluate, count: int
-) -> dict[str, Any] | None:
-    """Greedy answers and logits of the model in `folder` against the policy it was made from.
-
-    On the first `count` Platinum questions (validation questions where those are not here); None without any.
-    Logits are compared where the unmerged policy wrote its completions, as many tokens of each as memory allows.
-    The two models are never in memory together.
-    """
-    import torch
-
-    from stages.core.answers import read_answer
-    from stages.core.policy import load_policy
-    from stages.engine.base import Request
-    from stages.engine.choose import make_engine
-
-    sources = (PROBLEMS / f"{split}.jsonl" for split in ("platinum", "valid"))
-    source = next((path for path in sources if path.is_file()), None)
-    if source is None:
-        return None
-    problems = list(islice(read_jsonl(source, {"id": str, "question": str}), count))
-    if not problems:
-        return None
-    fix_arithmetic(params.hardware.threads, params.seed)
-
-    def answers(model: Any, tokenizer: Any) -> dict[str, tuple[Any, str, tuple[int, ...], tuple[int, ...]]]:
-        """Answer, text, prompt and completion by question id."""
-        asked = {one["id"]: tuple(prompt_ids(tokenizer, prompt, one["question"])) for one in problems}
-        requests = [Request(name, ids, spec.max_new_tokens) for name, ids in asked.items()]
-        questions = {one["id"]: one["question"] for one in problems}
-        found = {}
-        for one in make_engine(model, tokenizer, params.hardware).generate(requests):
-            text = prompt.opening + tokenizer.decode(one.tokens, skip_special_tokens=True)
-            found[one.id] = read_answer(text, questions[one.id]).answer, text, asked[one.id], one.tokens
-        return found
-
-    @torch.inference_mode()
-    def logits(model: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
-        """Logits at the last prompt token and behind each token of the completion, in fp32 on the CPU."""
-        kept = after[: max(1, LOGIT_BYTES // (4 * model.config.vocab_size * len(problems))) - 1]
-        ids = torch.tensor([[*before, *kept]], device=model.device)
-        return model(input_ids=ids).logits[0, len(before) - 1 :].float().cpu()
-
-    model, tokenizer = load_policy(ADAPTERS[policy])
-    unmerged = answers(model, tokenizer)
-    kept = {name: logits(model, *one[2:]) for name, one in unmerged.items()}
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    model, tokenizer = load_policy(None, folder)
-    merged = answers(model, tokenizer)
-    differences = [
-        float((logits(model, *one[2:]) - kept[name]).abs().max()) for name, one in unmerged.items()
-    ]
-    return {
-        "questions": len(problems),
-        "split": source.stem,
-        "changed_answers": sum(merged[name][0] != one[0] for name, one in unmerged.items()),
-        "changed_texts": sum(merged[name][1] != one[1] for name, one in unmerged.items()),
-        "largest_logit_difference": max(differences),
-        "logit_positions": sum(len(one) for one in kept.values()),
-    }
-
-
-def _asked(params: Params, history: History, policy: str) -> tuple[Prompt, Evaluate]:
-    """The prompt the policy was made for, and how it was evaluated; as now set where nothing is recorded."""
-    manifests = [history.manifest(stage) for stage in (policy, f"evaluate@{policy}")]
-    used: dict[str, Any] = {}
-    for manifest in filter(None, manifests):
-        used = {**manifest.params, **used}
-    try:
-        return (
-            Prompt.model_validate(used["prompt"]) if "prompt" in used else params.prompt,
-            Evaluate.model_validate(used["evaluate"]) if "evaluate" in used else params.evaluate,
-        )
+        return Prompt.model_validate(used["prompt"]), Evaluate.model_validate(used["evaluate"])
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(
@@ -322,45 +149,149 @@ def _asked(params: Params, history: History, policy: str) -> tuple[Prompt, Evalu
         ) from None
 
 
-# ---- what is said of it ------------------------------------------------------------------------------
+def _remove_left_by_kills(folder: Path) -> None:
+    """Remove the unfinished folders of killed exports, which hold gigabytes; a running export keeps its own."""
+    for left in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        with contextlib.suppress(ValueError, OverflowError, PermissionError):  # no process id; another user's
+            try:
+                os.kill(int(left.name.split(".")[-2]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
 
 
-def gather(
-    policy: str,
-    folder: Path,
-    precision: str,
-    merged: Merged,
-    comparison: dict[str, Any] | None,
-    history: History,
-    prompt: Prompt,
+# ---- The model ---------------------------------------------------------------------------------------
+
+
+def write_model(
+    policy: str, precision: str | None, max_shard_size: str, max_new_tokens: int, fresh: Path
 ) -> dict[str, Any]:
-    """Everything the model card says, as data; no path of this machine is in it."""
+    """Write weights, configs and tokenizer of the merged policy; returns `policy`, `precision` and `parameters`.
+
+    The base is loaded in its own precision where that is the result's too: PEFT adds a 32-bit adapter in 32 bits
+    and rounds the sum once. For any other precision the base is loaded in 32 bits, so that rounding happens once too.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from stages.policy.adapter import load_tokenizer
+    from stages.policy.request import end_ids
+
+    own = AutoConfig.from_pretrained(BASE, local_files_only=True).dtype or torch.float32
+    dtype = getattr(torch, PRECISIONS[precision]) if precision else own
+    loaded_in = own if dtype == own else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=loaded_in, local_files_only=True)
+    if adapter := ADAPTERS[policy]:
+        model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload()
+    model = model.to(dtype)
+    too_large = next((name for name, one in model.named_parameters() if not one.isfinite().all()), None)
+    if too_large:
+        raise UserError(f"{too_large}: is too large for {dtype}; choose --precision bf16 or fp32")
+    tokenizer = load_tokenizer()
+    ends = end_ids(tokenizer, model.generation_config)
+    # The base's other settings (penalties, top_k) are left out: the evaluation does not use them.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(fresh, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(fresh)
+    short = {name: key for key, name in PRECISIONS.items()}
+    return {
+        "policy": policy,
+        "precision": short[str(dtype).removeprefix("torch.")],
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+    }
+
+
+def compare_with_unmerged(
+    policy: str, folder: Path, prompt: Prompt, spec: Evaluate, params: Params, count: int
+) -> dict[str, Any] | None:
+    """Greedy answers and logits of the model in `folder` against the policy it was made from.
+
+    On the first `count` Platinum questions (validation questions where those are not here); None without any.
+    Logits are compared along the unmerged policy's completions, as many tokens of each as fit into memory.
+    The two models are never in memory together.
+    """
+    import torch
+
+    from stages.engine.load import engine_around
+    from stages.policy.adapter import load_policy
+    from stages.policy.request import Request
+    from stages.text.answers import read_answer
+
+    source = next((path for path in (PLATINUM, VALID) if path.is_file()), None)
+    problems = list(islice(read_jsonl(source, {"id": str, "question": str}), count)) if source else []
+    if not source or not problems:
+        return None
+    questions = {one["id"]: one["question"] for one in problems}
+    tokens: dict[str, tuple[int, ...]] = {}  # the unmerged policy's completions
+
+    def complete(adapter: Path | None, base: Path) -> dict[str, tuple[str | None, str, Any]]:
+        """Answer and text by question id, and the logits along `tokens`."""
+        gc.collect()  # the model before this one
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        model, tokenizer = load_policy(adapter, base)
+        prompts = {name: tuple(prompt_ids(tokenizer, prompt, asked)) for name, asked in questions.items()}
+        requests = [Request(name, ids, spec.max_new_tokens) for name, ids in prompts.items()]
+        kept = max(1, LOGIT_BYTES // (4 * model.config.vocab_size * len(problems))) - 1
+        found = {}
+        for one in engine_around(model, tokenizer, params.hardware).generate(requests):
+            text = prompt.opening + tokenizer.decode(one.tokens, skip_special_tokens=True)
+            before, after = prompts[one.id], tokens.setdefault(one.id, one.tokens)[:kept]
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([[*before, *after]], device=model.device)).logits
+            logits = logits[0, len(before) - 1 :].float().cpu()
+            found[one.id] = read_answer(text, questions[one.id]).answer, text, logits
+        return found
+
+    fix_arithmetic(params.hardware.threads, params.seed)
+    unmerged = complete(ADAPTERS[policy], BASE)
+    merged = complete(None, folder)
+    pairs = [(one, merged[name]) for name, one in unmerged.items()]
+    return {
+        "questions": len(problems),
+        "split": source.stem,
+        "changed_answers": sum(a[0] != b[0] for a, b in pairs),
+        "changed_texts": sum(a[1] != b[1] for a, b in pairs),
+        "largest_logit_difference": max(float((a[2] - b[2]).abs().max()) for a, b in pairs),
+        "logit_positions": sum(len(a[2]) for a, _ in pairs),
+    }
+
+
+# ---- The facts ---------------------------------------------------------------------------------------
+
+
+def gather(policy: str, folder: Path, history: History, prompt: Prompt) -> dict[str, Any]:
+    """What the model card says of the run, as data; no path of this machine is in it."""
     upto = {"base": ("base",), "sft": ("sft", "base", "prepare"), "dpo": TRAINING}[policy]
     steps = {step.stage: step for step in reversed(history.steps(upto))}
+    model, data = steps["base"].params.get("model") or {}, history.step("prepare")
+    test = (data.params.get("data") or {}) if data else {}
+    hub = test["platinum"] if test.get("source") == "hub" else {}
     result, comparisons, why = results(policy, history)
     made_from = [link for name in dict.fromkeys(("base", policy)) for link in steps[name].links]
     parents = {link.path: link.recorded for link in made_from if link.path.endswith(".safetensors")}
     return {
-        "policy": policy,
-        "precision": precision,
-        "base": base_of(steps["base"].params.get("model") or {}),
+        "base": {key: model.get(key) for key in ("source", "id", "revision")},
         "settings": {
             name: ", ".join(settings(name, public(step.params)))
             for name, step in steps.items()
             if name != "base"
         },
-        "test_set": test_set(history),
-        "counts": _counts(steps.get("prepare")),
+        "test_set": {"source": test.get("source"), "id": hub.get("id"), "split": hub.get("split")},
         "result": result,
         "result_why": why,
         "comparisons": comparisons,
-        "unmerged": comparison,
-        "merge": {**asdict(merged), "rounding": merged.rounding},
         "prompt": _prompt_facts(prompt, folder),
         "broken": [str(link) for link in broken(list(steps.values()))],
         "files": {path.name: sha256_file(path) for path in sorted(folder.glob("*.safetensors"))},
         "parents": dict(sorted(parents.items())),
-        "versions": {name: metadata.version(name) for name in ("transformers", "torch", "safetensors")},
+        "versions": {name: metadata.version(name) for name in ("transformers", "torch", "peft")},
     }
 
 
@@ -372,39 +303,35 @@ def results(policy: str, history: History) -> tuple[dict[str, Any] | None, list[
     step = history.step(f"evaluate@{policy}")
     if step is None or step.source != "manifest":
         return None, [], "no evaluation of it is here"
-    details = f"{DETAILS}/{policy}.json"
-    needed = [link for link in step.links if link.role == "read" or link.path == details]
+    details = PLATINUM_DETAILS / f"{policy}.json"
+    needed = [link for link in step.links if link.role == "read" or link.path == details.as_posix()]
     if any(link.state != AS_RECORDED for link in needed):
         return None, [], "the evaluation at hand is not of these weights, or was changed"
-    metrics, k = read_json(Path(details)), 0
+    metrics = read_json(details)
     result = {key: metrics[key] for key in ("questions", "accuracy", "accuracy_low", "accuracy_high")}
-    if k := samples_of(metrics):
-        spec = step.params["evaluate"]
-        result |= {"samples": k, "drawn_at": f"temperature {spec['temperature']:g}, top_p {spec['top_p']:g}"}
-        result |= {f"mean{end}": metrics[f"mean_at_{k}{end}"] for end in ("", "_low", "_high")}
-    return result, list(_comparisons(policy, step, history)), ""
+    return result, list(_comparisons(policy, history)), ""
 
 
-def _comparisons(policy: str, step: Step, history: History) -> Iterator[dict[str, Any]]:
-    """With the policies before it, of the same questions, as far as the rows of both are here."""
-    from stages.core.stats import compare
+def _comparisons(policy: str, history: History) -> Iterator[dict[str, Any]]:
+    """The comparison with each earlier policy that was evaluated too."""
+    from stages.stats.paired import compare
 
-    rows = _rows(policy, step)
+    rows = _rows(policy, history)
     for other in list(ADAPTERS)[: list(ADAPTERS).index(policy)]:
-        before = history.step(f"evaluate@{other}")
-        theirs = _rows(other, before) if before else []
-        asked = [one.link("read", PROBLEMS / "platinum.jsonl") for one in (step, before) if one]
-        if rows and theirs and len({link.recorded for link in asked if link}) == 1:
+        theirs = _rows(other, history)
+        if rows and theirs:
             found = compare(theirs, rows, POLICIES[other], POLICIES[policy], SEED)
             wanted = ("difference", "difference_low", "difference_high", "p", "gained", "lost", "verdict")
             yield {"with": POLICIES[other], **{key: found[key] for key in wanted}}
 
 
-def _rows(policy: str, step: Step) -> list[dict[str, Any]]:
-    """The evaluated rows of a policy, if they are here as recorded."""
-    path = PLATINUM_EVAL / f"{policy}.jsonl"
-    link = step.link("wrote", path) if step.source == "manifest" else None
-    return list(read_jsonl(path, ROW_FIELDS)) if link and link.state == AS_RECORDED else []
+def _rows(policy: str, history: History) -> list[dict[str, Any]]:
+    """The evaluated rows of a policy, if they are here as recorded and answer the questions that are here."""
+    path, step = PLATINUM_EVAL / f"{policy}.jsonl", history.step(f"evaluate@{policy}")
+    links = (step.link("wrote", path), step.link("read", PLATINUM)) if step else (None,)
+    if any(link is None or link.state != AS_RECORDED for link in links):
+        return []
+    return list(read_jsonl(path, {"id": str, "correct": bool}))
 
 
 def public(params: dict[str, Any]) -> dict[str, Any]:
@@ -416,100 +343,22 @@ def public(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def base_of(model: dict[str, Any]) -> dict[str, Any]:
-    """The base model in words; its id and revision when it is from the hub."""
-    if model.get("source") == "hub":
-        words = f"{model['id']}, revision {model['revision']}"
-        return {
-            "id": model["id"],
-            "revision": model["revision"],
-            "name": model["id"].rpartition("/")[2],
-            "words": words,
-        }
-    names = {
-        "build": (
-            "Tiny model",
-            "a model of about a million parameters, built from scratch on generated problems",
-        ),
-        "directory": ("Local model", "a model from a folder; name it here"),
-    }
-    name, words = names.get(model.get("source", ""), ("Model", "not recorded"))
-    return {"id": None, "revision": None, "name": name, "words": words}
-
-
-def test_set(history: History) -> str:
-    """What stands for Platinum in this run, in words."""
-    step = history.step("prepare")
-    data = (step.params.get("data") or {}) if step else {}
-    if data.get("source") == "hub":
-        return f"{data['platinum']['id']} ({data['platinum']['split']})"
-    return {"generated": "Generated problems (in the place of GSM8K Platinum)"}.get(
-        data.get("source", ""), "Test set"
-    )
-
-
-def _counts(step: Step | None) -> str:
-    """How many questions there were."""
-    path = Path("metrics/data.json")
-    link = step.link("wrote", path) if step else None
-    if not link or link.state != AS_RECORDED:
-        return ""
-    values = read_json(path)
-    return ", ".join(
-        f"{values[split]:,} {split}" for split in ("train", "valid", "platinum") if split in values
-    )
-
-
 def _prompt_facts(prompt: Prompt, folder: Path) -> dict[str, Any]:
-    """The prompt, and what someone who sends it as text has to know about its begin token."""
+    """The prompt, and in which form it can be sent as text: with the begin token added, as it is, or not at all."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    text, begin = prompt.styles[prompt.default], tokenizer.bos_token
-    ids, filled = prompt_ids(tokenizer, prompt, EXAMPLE), prompt_text(prompt, EXAMPLE)
-    if prompt.chat:
-        words = "It is one user's turn in the model's own chat template" + (
-            ", after a system line." if prompt.system else "."
-        )
-        if prompt.opening:
-            opening = inline_code(prompt.opening.strip())
-            words += f" The template opens the answer with {opening}, which servers leave out."
-    elif list(tokenizer(filled)["input_ids"]) == ids:
-        words = "As text it can be sent as it is: the tokenizer adds what comes before it."
-    elif begin and list(tokenizer(begin + filled)["input_ids"]) == ids:
-        words = (
-            f"Sent as text, it needs {inline_code(begin)} in front: the tokenizer does not add it by itself."
-        )
-    else:
-        words = "Send it as token ids, made as above: the tokenizer reads the text otherwise."
+    begin, filled = tokenizer.bos_token, prompt_text(prompt, EXAMPLE)
+    ids = prompt_ids(tokenizer, prompt, EXAMPLE)
+    forms = {"as it is": filled, "with the begin token": (begin or "") + filled}
+    form = next((name for name, text in forms.items() if list(tokenizer(text)["input_ids"]) == ids), None)
     return {
-        "chat": prompt.chat,
-        "text": text,
-        "system": prompt.system,
-        "opening": prompt.opening,
-        "begin": begin,
-        "words": words,
+        **{"chat": prompt.chat, "system": prompt.system, "opening": prompt.opening},
+        **{"text": prompt.styles[prompt.default], "begin": begin, "as_text": form},
     }
 
 
-def meaning(facts: dict[str, Any]) -> Iterator[str]:
-    """What the comparison with the unmerged policy says, in sentences."""
-    rounding, found, precision = facts["merge"]["rounding"], facts["unmerged"], facts["precision"]
-    if rounding is not None and rounding > 0.001:
-        yield f"Rounding the sums to {precision} moves the weights by {rounding:.1%} of what the adapter moved them."
-    if not found:
-        return
-    if found["changed_answers"]:
-        cure = (
-            "serve the adapter unmerged"
-            if precision == "fp32"
-            else "take --precision fp32, or serve the adapter unmerged"
-        )
-        yield f"That answers differ comes from rounding; if the share matters, {cure}, or evaluate this folder anew."
-    elif found["changed_texts"]:
-        yield "Rounding changed the words of some answers, but not what they answer."
-    elif found["largest_logit_difference"]:
-        yield "Differences that small are rounding, and changed nothing here."
+# ---- The model card, and the last words --------------------------------------------------------------
 
 
 def card(facts: dict[str, Any]) -> str:
@@ -525,64 +374,13 @@ def card(facts: dict[str, Any]) -> str:
     )
     environment.filters |= {
         "md": escape_markdown,
-        "code": inline_code,
-        "fenced": fenced,
+        "code": code,
         "quoted": lambda value: json.dumps(value, ensure_ascii=False),
+        "repr": repr,
         "percent": lambda value: f"{100 * value:.1f} %",
         "points": lambda value: f"{100 * value:+.1f}",
     }
-    how = {"base": "", "sft": ", SFT", "dpo": ", SFT and DPO"}
-    made = {
-        "base": "The base model of a run of this pipeline, unchanged.",
-        "sft": "Fine-tuned (SFT) on worked solutions with a LoRA adapter.",
-        "dpo": "Fine-tuned (SFT) on worked solutions, then preference-optimised (DPO) on solutions of its own.",
-    }
-    prompt, policy = facts["prompt"], facts["policy"]
-    shown = {
-        **prompt,
-        "shown": prompt["text"] if not prompt["system"] else f"{prompt['system']}\n\n{prompt['text']}",
-    }
-    return environment.get_template(TEMPLATE).render(
-        facts
-        | {
-            "title": facts["base"]["name"] + how[policy],
-            "made": made[policy],
-            "prompt": shown,
-            "code": usage(prompt),
-            "meaning": list(meaning(facts)),
-            "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-        }
-    )
-
-
-def usage(prompt: dict[str, Any]) -> str:
-    """Python that asks the exported model one question as the evaluation does."""
-    if prompt["chat"]:
-        turns = [{"role": "user", "content": prompt["text"]}]
-        turns = [{"role": "system", "content": prompt["system"]}, *turns] if prompt["system"] else turns
-        ask = (
-            f"messages = {turns!r}\n"
-            'messages[-1]["content"] = messages[-1]["content"].replace("{question}", question)\n'
-            "text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)\n"
-        )
-    else:
-        ask = f'text = {prompt["text"]!r}.replace("{{question}}", question)\n'
-    begin = "[tokenizer.bos_token_id, *ids]" if prompt["begin"] and not prompt["chat"] else "ids"
-    opening = f"{prompt['opening']!r} + " if prompt["opening"] else ""
-    return (
-        "import torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this file lies\n'
-        f"question = {EXAMPLE!r}\n\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")\n'
-        'model.to("cuda" if torch.cuda.is_available() else "cpu")\n'
-        f"{ask}"
-        'ids = tokenizer(text, add_special_tokens=False)["input_ids"]\n'
-        f"ids = torch.tensor([{begin}], device=model.device)\n"
-        "written = model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :]\n"
-        f"print({opening}tokenizer.decode(written, skip_special_tokens=True))"
-    )
+    return environment.get_template(TEMPLATE).render(facts, advice=advice(facts), example=EXAMPLE)
 
 
 def escape_markdown(text: str) -> str:
@@ -591,29 +389,33 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", plain)
 
 
-def inline_code(text: str) -> str:
-    """Text as code within a line, whatever backquotes it holds."""
-    plain = " ".join(str(text).split())
-    fence = "`" * (_longest_run(plain) + 1)
-    edge = " " if plain.startswith("`") or plain.endswith("`") else ""
-    return f"{fence}{edge}{plain}{edge}{fence}"
-
-
-def fenced(text: str, language: str = "") -> str:
-    """Text as a block of code, whatever backquotes it holds."""
-    fence = "`" * max(3, _longest_run(text) + 1)
+def code(text: str, language: str | None = None) -> str:
+    """Text as code, whatever backquotes it holds: within a line, or as a block of a `language`."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    if language is None:
+        fence = "`" * (longest + 1)
+        edge = " " if longest else ""
+        return f"{fence}{edge}{' '.join(text.split())}{edge}{fence}"
+    fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip(chr(10))}\n{fence}"
 
 
-def _longest_run(text: str) -> int:
-    return max(map(len, re.findall("`+", text)), default=0)
+def advice(facts: dict[str, Any]) -> str:
+    """What to do where the folder gives other answers than the unmerged policy; nothing where it does not."""
+    if not facts["unmerged"] or not facts["unmerged"]["changed_answers"]:
+        return ""
+    other = "" if facts["precision"] == "fp32" else "take --precision fp32, "
+    return (
+        "Rounding the weights changed those answers; if that share matters, "
+        f"{other}serve the adapter unmerged, or evaluate this folder anew."
+    )
 
 
-def words(facts: dict[str, Any], folder: Path) -> Iterator[str]:
+def summary_lines(facts: dict[str, Any], folder: Path) -> Iterator[str]:
     """What is printed in the end."""
-    merge, found = facts["merge"], facts["unmerged"]
-    files = f"{len(merge['files'])} file{'s' * (len(merge['files']) > 1)}"
-    yield f"{folder}: {facts['policy']} in {facts['precision']}, {merge['parameters']:,} parameters, {files} of weights"
+    found, files = facts["unmerged"], len(facts["files"])
+    weights = f"{files} file{'s' * (files > 1)} of weights"
+    yield f"{folder}: {facts['policy']} in {facts['precision']}, {facts['parameters']:,} parameters, {weights}"
     if found:
         share = found["changed_answers"] / found["questions"]
         yield (
@@ -621,9 +423,10 @@ def words(facts: dict[str, Any], folder: Path) -> Iterator[str]:
             f"greedy answers changed ({share:.0%}), {found['changed_texts']} texts; largest logit difference "
             f"{found['largest_logit_difference']:.3g} over {found['logit_positions']:,} tokens"
         )
+        if found["changed_answers"]:
+            yield advice(facts)
     else:
         yield "not compared with the unmerged policy"
-    yield from meaning(facts)
     if result := facts["result"]:
         low, high = 100 * result["accuracy_low"], 100 * result["accuracy_high"]
         yield f"Platinum: {100 * result['accuracy']:.1f} % ({low:.1f}–{high:.1f}), as evaluated unmerged"
@@ -632,15 +435,3 @@ def words(facts: dict[str, Any], folder: Path) -> Iterator[str]:
     for link in facts["broken"]:
         yield f"WARNING {link}"
     yield f"read {CARD} before you pass it on; it names no licence yet"
-    if _would_be_committed(folder):
-        yield f"WARNING {folder} lies in a git repository that does not ignore it: `git add` would take the weights"
-
-
-def _would_be_committed(folder: Path) -> bool:
-    """Whether git would take the folder's files."""
-    with contextlib.suppress(OSError):  # no git on this machine
-        done = subprocess.run(
-            ["git", "check-ignore", "--quiet", FACTS], cwd=folder, capture_output=True, check=False
-        )
-        return done.returncode == 1  # 0: ignored, 128: no repository
-    return False

@@ -3,7 +3,7 @@
     chosen                              rejected
     <<6*4=[24]>>[24] pencils            <<6*4=[22]>>[22] pencils
 
-On a terminal with colours the marks are colours. The file is read once, and only what is shown is kept.
+On a terminal with colours the marks are colours.
 """
 
 from __future__ import annotations
@@ -13,28 +13,21 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
 
-from stages.core.errors import UserError
-from stages.core.records import Fields, read_jsonl
-from stages.preference import KINDS, SIGNALS
-from stages.tools.explain import NUMBER, PAIRS, check_optional
+from rich.console import Console
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
+from stages.regime_w.pairs import KINDS
+from stages.regime_w.signals import SIGNALS
+from stages.run.errors import UserError
+from stages.run.files import read_jsonl
+from stages.run.paths import PAIRS
+from stages.tools.show import Row, cell, new_console, new_table
 
 SIDES = ("chosen", "rejected")
-FIELDS = {"chosen": str, "rejected": str}
-OPTIONAL: Fields = {
-    **{f"{side}_reward": NUMBER for side in SIDES},
-    **{f"{side}_tokens": int for side in SIDES},
-    **{f"{side}_signals": dict for side in SIDES},
-    "margin": NUMBER,
-}
-# A word, number or sign, with the white space before it.
-_WORD = re.compile(r"(\s*)([^\W\d_]+|[0-9]+(?:[.,][0-9]+)*|[\W\d_]|\Z)")
-MAX_CELLS = 250_000  # words of one text times words of the other; time grows with it, and faster
+# A number, a word, white space, or a sign.
+_PART = re.compile(r"[0-9]+(?:[.,][0-9]+)*|[^\W\d_]+|[^\S\n]+|.", re.DOTALL)
+MAX_CELLS = 400_000  # words of one side times words of the other; text that repeats itself takes far longer
 Piece = tuple[str, bool]
 
 
@@ -52,166 +45,93 @@ def main(
     """
     if kind is not None and kind not in KINDS:
         raise UserError(f"--kind: '{kind}' is unknown; choose one of {', '.join(sorted(KINDS))}")
-    found, total = draw(chosen_from(pairs, kind, question), sample, seed)
-    if not found:
+    wanted = {key: value for key, value in (("kind", kind), ("question_id", question)) if value}
+    fields = dict.fromkeys((*SIDES, *wanted), str)
+    rows = [row for row in read_jsonl(pairs, fields) if all(row[key] == wanted[key] for key in wanted)]
+    if not rows:
         of_kind = f" of kind {kind}" if kind else ""
         of_question = f" from question '{question}'" if question else ""
-        raise UserError(
-            f"{pairs}: holds no pairs{of_kind}{of_question}"
-            + ("; `python -m stages explain` says why a question gave none" if question else "")
-        )
-    from rich.console import Console
-
-    for pair in found:
-        where = f"{pairs}: pair '{pair.get('id', '')}'"
-        check_optional(pair, OPTIONAL, where)
-        for side in SIDES:
-            check_optional(pair.get(f"{side}_signals") or {}, dict.fromkeys(SIGNALS, NUMBER), where)
-    console = console or Console(highlight=False)
-    for place, pair in enumerate(found, 1):
-        show(pair, f"{place} of {len(found)}, {total:,} in all", console)
+        hint = "; `python -m stages explain` says why a question gave none" if question else ""
+        raise UserError(f"{pairs}: holds no pairs{of_kind}{of_question}{hint}")
+    console = console or new_console()
+    drawn = sorted(Random(seed).sample(range(len(rows)), min(sample, len(rows))))
+    for place, index in enumerate(drawn, 1):
+        show(rows[index], f"{place} of {len(drawn)}, {len(rows):,} in all", console)
 
 
-def chosen_from(path: Path, kind: str | None, question: str | None) -> Iterator[dict[str, Any]]:
-    """The pairs of a file that are of this kind and question, as far as these are given."""
-    fields = {**FIELDS, **({"kind": str} if kind else {}), **({"question_id": str} if question else {})}
-    for pair in read_jsonl(path, fields):
-        if (kind is None or pair["kind"] == kind) and (question is None or pair["question_id"] == question):
-            yield pair
-
-
-def draw(pairs: Iterator[dict[str, Any]], size: int, seed: int) -> tuple[list[dict[str, Any]], int]:
-    """`size` pairs drawn uniformly in one pass, in the file's order, and how many there were (Vitter's R)."""
-    random = Random(seed)
-    kept: list[tuple[int, dict[str, Any]]] = []
-    total = 0
-    for place, pair in enumerate(pairs):
-        total += 1
-        if len(kept) < size:
-            kept.append((place, pair))
-        elif (slot := random.randrange(total)) < size:
-            kept[slot] = (place, pair)
-    return [pair for _, pair in sorted(kept, key=lambda one: one[0])], total
+# ---- what differs ------------------------------------------------------------------------------------
 
 
 def differences(a: str, b: str) -> tuple[list[Piece], list[Piece]]:
     """Both texts in pieces, each with whether the other text lacks it; the pieces of a text add up to it.
 
-    By words; in long texts by lines first, then by words within the lines that differ.
+    Lines are compared first, then the words of those that differ: quick for thousands of lines.
     """
-    left, right = _WORD.findall(a), _WORD.findall(b)
-    if len(left) * len(right) <= MAX_CELLS:
-        return _by_words(left, right)
-    sides: tuple[list[Piece], list[Piece]] = ([], [])
-    rows = (a.splitlines(keepends=True), b.splitlines(keepends=True))
-    for tag, i, j, k, m in SequenceMatcher(None, *rows).get_opcodes():
-        blocks = ["".join(rows[0][i:j]), "".join(rows[1][k:m])]
-        words = [_WORD.findall(block) for block in blocks]
-        if tag == "replace" and len(words[0]) * len(words[1]) <= MAX_CELLS:
-            pieces = _by_words(*words)
+    pieces = list(_compare(a.splitlines(keepends=True), b.splitlines(keepends=True), by_line=True))
+    left = [(one, differs) for one, _, differs in pieces if one]
+    return left, [(one, differs) for _, one, differs in pieces if one]
+
+
+def _compare(left: list[str], right: list[str], by_line: bool = False) -> Iterator[tuple[str, str, bool]]:
+    for tag, i, j, k, m in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+        a, b = "".join(left[i:j]), "".join(right[k:m])
+        words = _PART.findall(a), _PART.findall(b)
+        if by_line and tag == "replace" and len(words[0]) * len(words[1]) <= MAX_CELLS:
+            yield from _compare(*words)
         else:
-            pieces = ([(blocks[0], tag != "equal")], [(blocks[1], tag != "equal")])
-        for side, more in zip(sides, pieces, strict=True):
-            side += [piece for piece in more if piece[0]]
-    return sides
-
-
-def _by_words(left: list[tuple[str, str]], right: list[tuple[str, str]]) -> tuple[list[Piece], list[Piece]]:
-    """`differences` of texts taken apart; white space counts only between words that are the same."""
-    sides: tuple[list[Piece], list[Piece]] = ([], [])
-    cores = [word for _, word in left], [word for _, word in right]
-    for tag, i, j, k, m in SequenceMatcher(None, *cores, autojunk=False).get_opcodes():
-        if tag == "equal":
-            for (space, word), (other, _) in zip(left[i:j], right[k:m], strict=True):
-                sides[0].extend([(space, space != other), (word, False)])
-                sides[1].extend([(other, space != other), (word, False)])
-        else:
-            for side, words in zip(sides, (left[i:j], right[k:m]), strict=True):
-                for space, word in words:
-                    side += [(space, False), (word, True)]
-    return _joined(sides[0]), _joined(sides[1])
-
-
-def _joined(pieces: list[Piece]) -> list[Piece]:
-    """Neighbours alike made one; a space between two that differ is marked with them."""
-    joined: list[Piece] = []
-    pieces = [piece for piece in pieces if piece[0]]
-    for place, (piece, differs) in enumerate(pieces):
-        if piece.isspace() and "\n" not in piece and 0 < place < len(pieces) - 1:
-            differs = differs or (pieces[place - 1][1] and pieces[place + 1][1])
-        if joined and joined[-1][1] == differs:
-            joined[-1] = (joined[-1][0] + piece, differs)
-        else:
-            joined.append((piece, differs))
-    return joined
+            yield a, b, tag != "equal"
 
 
 # ---- showing it --------------------------------------------------------------------------------------
 
 
-def show(pair: dict[str, Any], place: str, console: Console) -> None:
+def show(pair: Row, place: str, console: Console) -> None:
     """Print one pair; fits the console's width."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     ids = [str(pair.get(f"{side}_id") or side) for side in SIDES]
-    margin = "" if pair.get("margin") is None else f", margin {pair['margin']:.3f}"
-    title = Text.assemble(
-        (f"{pair.get('kind') or 'pair'} {ids[0]} > {ids[1]}", "bold"), margin, f" ({place})"
-    )
-    console.print(title)
+    margin = "" if pair.get("margin") is None else f", margin {cell(pair['margin'], '.3f')}"
+    heading = (f"{pair.get('kind') or 'pair'} {ids[0]} > {ids[1]}", "bold")
+    console.print(Text.assemble(heading, margin, f" ({place})"))
     if isinstance(pair.get("prompt"), str):
-        console.print(Text(pair["prompt"]), style="italic")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
-    table.add_column("", width=8, style="dim")
-    for side in SIDES:
-        table.add_column(side, ratio=1, overflow="fold")
+        console.print(pair["prompt"], style="italic")
+    table = new_table("", *SIDES, expand=True)
+    table.columns[0].width, table.columns[0].style = 8, "dim"
+    for column in table.columns[1:]:
+        column.ratio = 1
     plain = console.color_system is None
-    pieces = differences(pair["chosen"], pair["rejected"])
-    table.add_row(
-        "", *(_marked(side, style, plain) for side, style in zip(pieces, ("green", "red"), strict=True))
-    )
+    marked = zip(differences(pair["chosen"], pair["rejected"]), ("green", "red"), strict=True)
+    table.add_row("", *(_marked(side, style, plain) for side, style in marked))
     table.add_section()
-    for label, values in facts(pair):
-        table.add_row(label, *values)
+    for label, chosen, rejected in facts(pair):
+        table.add_row(label, chosen, rejected)
     console.print(table)
 
 
 def _marked(pieces: list[Piece], style: str, plain: bool) -> Text:
     """A text with what the other lacks in colour, or in [ ] without colours; line ends stay outside."""
-    from rich.text import Text
-
     text = Text()
     for piece, differs in pieces:
-        if not differs:
-            text.append(piece)
-            continue
         for part in re.split(r"(\n+)", piece):
-            if not part or part.startswith("\n"):
-                text.append(part)
-            else:
+            if differs and part.strip("\n"):
                 text.append(f"[{part}]" if plain else part, "" if plain else f"bold reverse {style}")
+            else:
+                text.append(part)
     return text
 
 
-def facts(pair: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def facts(pair: Row) -> Iterator[tuple[str, str, str]]:
     """Rewards, signals and lengths of both sides, as far as the file has them."""
-    rewards = [pair.get(f"{side}_reward") for side in SIDES]
-    if rewards != [None, None]:
-        yield "reward", [_number(value) for value in rewards]
-    signals = [pair.get(f"{side}_signals") or {} for side in SIDES]
-    for name in SIGNALS:
-        if any(one.get(name) is not None for one in signals):
-            yield name, [_number(one.get(name)) for one in signals]
+    rows = []
+    for side in SIDES:
+        signals = pair.get(f"{side}_signals")
+        rows.append({"reward": pair.get(f"{side}_reward"), **(signals if isinstance(signals, dict) else {})})
+    for label in ("reward", *SIGNALS):
+        chosen, rejected = (row.get(label) for row in rows)
+        if (chosen, rejected) != (None, None):
+            yield label, cell(chosen, ".3f"), cell(rejected, ".3f")
     chosen, rejected = (pair.get(f"{side}_tokens") for side in SIDES)
-    if chosen is None or rejected is None:
-        yield "length", [f"{len(pair[side]):,} characters" for side in SIDES]
+    if isinstance(chosen, int) and isinstance(rejected, int):
+        yield "tokens", f"{chosen:,} ({chosen - rejected:+,})", f"{rejected:,}"
     else:
-        yield "tokens", [f"{chosen:,} ({chosen - rejected:+,})", f"{rejected:,}"]
+        yield "length", f"{len(pair['chosen']):,} characters", f"{len(pair['rejected']):,} characters"
     if pair.get("rejected_finish") == "length":
-        yield "finish", ["", "cut off"]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+        yield "finish", "", "cut off"

@@ -6,26 +6,25 @@
 
     May follow: only what reads something that comes out changed
       preference   reads coherence                                    2 s
-      ...
 
-The answer is DVC's own (`Repo.index`, `Stage.status`), so that it cannot differ from what `dvc repro` does;
-`dvc repro --dry` stops at the first stage that would run, since it cannot know what that one gives.
+DVC itself is asked (`Repo.index`, `Stage.status`), so the answer cannot differ from what `dvc repro` does.
+`dvc repro --dry` is no substitute: it stops at the first stage that would run, whose results it cannot know.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from stages.core.errors import UserError
-from stages.core.stage import last_runs
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from stages.run.errors import UserError
+from stages.run.stage import last_runs
+from stages.tools.show import new_console, new_table, print_json, shorten
 
-MISSING = object()
+ABSENT = "(not there)"  # the value of a parameter that is new or gone
 LONGEST = 40  # characters of a value in the table
 WORDS = {
     "modified": "changed",
@@ -35,41 +34,25 @@ WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Reason:
-    """Why a stage runs: a file or a parameter (with its old and new value), or a sentence in `path` alone."""
-
-    path: str
-    what: str = ""
-    key: str | None = None
-    old: Any = None
-    new: Any = None
-
-    def __str__(self) -> str:
-        if self.key is None:
-            return f"{self.path} {self.what}".strip()
-        return f"{self.path}: {self.key} {_short(self.old)} → {_short(self.new)}"
-
-
 @dataclass
 class Planned:
-    """One stage: why it runs, after which stages it may have to, and the facts of its last run on this machine."""
+    """One stage: why it runs, which stages above it may change what it reads, and its last run on this machine."""
 
     stage: str
-    reasons: list[Reason] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
-    restored: bool = False  # DVC has the outputs of just this in its cache, and takes them without running
-    last: dict[str, Any] | None = None
+    reasons: list[str]
+    after: list[str]
+    restored: bool  # DVC takes the outputs from its cache instead of running the stage
+    last: dict[str, Any] | None
 
 
 @dataclass
 class Plan:
     """All stages that were asked for, each in one of the lists, in the order `dvc repro` takes them."""
 
-    will_run: list[Planned]
-    may_follow: list[Planned]
-    unchanged: list[str]
-    frozen: list[str]
+    will_run: list[Planned] = field(default_factory=list)
+    may_follow: list[Planned] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
 
 
 def main(targets: Sequence[str] = (), as_json: bool = False, console: Console | None = None) -> None:
@@ -77,14 +60,11 @@ def main(targets: Sequence[str] = (), as_json: bool = False, console: Console | 
 
     Raises UserError when this is no DVC project, or one that DVC cannot read, or a target that it does not know.
     """
-    from rich.console import Console
-
-    console = console or Console()
     plan = make_plan(targets)
     if as_json:
-        console.print(json.dumps(_plain(plan), ensure_ascii=False, indent=2), markup=False, soft_wrap=True)
-        return
-    _show(plan, console)
+        print_json(plan)
+    else:
+        show(plan, console or new_console())
 
 
 def make_plan(targets: Sequence[str] = ()) -> Plan:
@@ -103,70 +83,58 @@ def make_plan(targets: Sequence[str] = ()) -> Plan:
 def _ask_dvc(repo: Any, targets: Sequence[str]) -> Plan:
     import networkx
 
-    graph = repo.index.graph  # from a stage to those it reads from
+    graph = repo.index.graph  # its edges lead from a stage to those it reads from
     wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
     needed = wanted.union(*(networkx.descendants(graph, stage) for stage in wanted))
-    order = [stage for stage in networkx.dfs_postorder_nodes(graph) if stage in needed]
-    makers = [(out, stage) for stage in graph for out in stage.outs]
     last = {run["stage"]: run for run in last_runs()}
-    plan = Plan([], [], [], [])
-    moving: set[Any] = set()  # stages whose outputs may come out changed
-    for stage in order:
+    plan = Plan()
+    moving: set[Any] = set()  # stages whose outputs may change
+    for stage in networkx.dfs_postorder_nodes(graph):
+        if stage not in needed:
+            continue
         name = stage.addressing
         if stage.frozen:
             plan.frozen.append(name)
             continue
         above = [one for one in graph.successors(stage) if one in moving]
-        theirs = [out for out, maker in makers if maker in above]
-        reasons = list(_reasons(stage, [out.fs_path for out in theirs]))
-        planned = Planned(name, reasons, sorted(one.addressing for one in above), last=last.get(name))
-        if reasons:
-            planned.restored = not above and _is_cached(repo, stage)
-            plan.will_run.append(planned)
-        elif above:
-            plan.may_follow.append(planned)
-        else:
+        reasons = list(_reasons(stage, [out.fs_path for one in above for out in one.outs]))
+        if not reasons and not above:
             plan.unchanged.append(name)
             continue
         moving.add(stage)
+        restored = bool(reasons) and not above and _is_cached(repo, stage)
+        planned = Planned(name, reasons, sorted(one.addressing for one in above), restored, last.get(name))
+        (plan.will_run if reasons else plan.may_follow).append(planned)
     return plan
 
 
-def _reasons(stage: Any, made_above: Sequence[str]) -> Iterator[Reason]:
-    """Why a stage runs whatever the stages above give; `made_above` are paths that may change before it."""
+def _reasons(stage: Any, made_above: Sequence[str]) -> Iterator[str]:
+    """Why a stage runs in any case. `made_above`: paths that stages above may still change; they are no reason yet."""
     from dvc.dependency import ParamsDependency
 
     if not any(one.hash_info for one in (*stage.deps, *stage.outs)):
-        yield Reason("has not run yet")
+        yield "has not run yet"
         return
     if stage.changed_stage():
-        yield Reason(f"its command or its lists in {stage.relpath} changed")
+        yield f"its command or its lists in {stage.relpath} changed"
     if stage.is_callback or stage.always_changed:
-        yield Reason("runs every time")
-    for dep in stage.deps:
-        if isinstance(dep, ParamsDependency):
-            yield from _changed_params(dep)
-        elif not any(dep.fs_path == path or dep.fs_path.startswith(f"{path}/") for path in made_above):
-            yield from (Reason(path, WORDS.get(what, what)) for path, what in dep.status().items())
-    for out in stage.outs:
-        yield from (Reason(path, WORDS.get(what, what)) for path, what in out.status().items())
+        yield "runs every time"
+    for one in (*stage.deps, *stage.outs):
+        if isinstance(one, ParamsDependency):
+            then, now = dict(one.hash_info.value or {}), one.read_params()
+            for key in one.params if one.workspace_status() else ():
+                yield from _differences(str(one), key, then.get(key, ABSENT), now.get(key, ABSENT))
+        elif not any(one.fs_path == path or one.fs_path.startswith(f"{path}/") for path in made_above):
+            yield from (f"{path} {WORDS.get(what, what)}" for path, what in one.status().items())
 
 
-def _changed_params(dep: Any) -> Iterator[Reason]:
-    if not dep.workspace_status():
-        return
-    then, now = dict(dep.hash_info.value or {}), dep.read_params()
-    for key in dep.params:
-        yield from _differences(str(dep), key, then.get(key, MISSING), now.get(key, MISSING))
-
-
-def _differences(path: str, key: str, old: Any, new: Any) -> Iterator[Reason]:
+def _differences(path: str, key: str, old: Any, new: Any) -> Iterator[str]:
     """The single values that differ, by their dotted keys."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*new, *old]):
-            yield from _differences(path, f"{key}.{name}", old.get(name, MISSING), new.get(name, MISSING))
+            yield from _differences(path, f"{key}.{name}", old.get(name, ABSENT), new.get(name, ABSENT))
     elif old != new:
-        yield Reason(path, "changed", key, old, new)
+        yield f"{path}: {key} {_short(old)} → {_short(new)}"
 
 
 def _is_cached(repo: Any, stage: Any) -> bool:
@@ -177,7 +145,7 @@ def _is_cached(repo: Any, stage: Any) -> bool:
 
     try:
         if stage.changed_stage() or not stage.deps_cached():
-            # As before a run, of this object in memory: today's inputs, and outputs that are not known yet.
+            # What DVC does before a run, on this object in memory: take today's inputs, forget the outputs.
             stage.save_deps()
             for out in stage.outs:
                 out.hash_info = HashInfo()
@@ -190,86 +158,53 @@ def _is_cached(repo: Any, stage: Any) -> bool:
 # ---- showing it --------------------------------------------------------------------------------------
 
 
-def _show(plan: Plan, console: Console) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
-    from rich.table import Table
-
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan as tables, with the time it takes at most."""
     if plan.frozen:
-        console.print(f"Frozen, so never run: {', '.join(plan.frozen)}.", markup=False, highlight=False)
+        console.print(f"Frozen, so never run: {', '.join(plan.frozen)}.")
     if not plan.will_run:
-        console.print("Nothing to do: all stages are up to date.", highlight=False)
+        console.print("Nothing to do: all stages are up to date.")
         return
-
-    def table(title: str, rows: list[Planned], column: str) -> None:
-        console.print(f"[bold]{title}[/bold]", highlight=False)
-        shown = Table(box=SIMPLE_HEAD, pad_edge=False)
-        shown.add_column("stage", no_wrap=True)
-        shown.add_column(column, overflow="fold", ratio=1)
-        shown.add_column("last time", no_wrap=True)
-        for one in rows:
-            why = [str(reason) for reason in one.reasons] or [f"reads {', '.join(one.after)}"]
-            if len(why) > 6:
-                why = [*why[:5], f"and {len(why) - 5} more"]
-            shown.add_row(escape(one.stage), escape("\n".join(why)), _last(one))
-        console.print(shown)
-
     run = [one for one in plan.will_run if not one.restored]
     restored = [one for one in plan.will_run if one.restored]
-    if restored:
-        table("Taken from DVC's cache, not run: the same was run before", restored, "because")
-    if run:
-        table("Will run", run, "because")
-    if plan.may_follow:
-        table("May follow: only what reads something that comes out changed", plan.may_follow, "because")
+    for title, stages in (
+        ("Taken from DVC's cache, not run: the same was run before", restored),
+        ("Will run", run),
+        ("May follow: only what reads something that comes out changed", plan.may_follow),
+    ):
+        if stages:
+            console.print(title, style="bold")
+            console.print(_table(stages))
     if plan.unchanged:
-        console.print(f"Up to date: {', '.join(plan.unchanged)}.", markup=False, highlight=False)
+        console.print(f"Up to date: {', '.join(plan.unchanged)}.")
     noted = [one.last for one in (*run, *plan.may_follow) if one.last]
     unknown = len(run) + len(plan.may_follow) - len(noted)
     if noted:
-        seconds = sum(float(one["seconds"]) for one in noted)
-        machines = sorted({str(one["machine"]) for one in noted})
-        text = f"At most {_duration(seconds)}, by their last runs here ({'; '.join(machines)})"
-        text += f"; {unknown} of them did not run here yet." if unknown else "."
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        time = _duration(sum(one["seconds"] for one in noted))
+        machines = "; ".join(sorted({one["machine"] for one in noted}))
+        rest = f"; {unknown} of them did not run here yet." if unknown else "."
+        console.print(f"At most {time}, by their last runs here ({machines}){rest}", soft_wrap=True)
     elif unknown:
         console.print("None of them ran on this machine yet, so how long it takes is not known.")
 
 
-def _last(planned: Planned) -> str:
-    if planned.last is None:
-        return "–"
-    return _duration(float(planned.last["seconds"]))
+def _table(stages: Sequence[Planned]) -> Any:
+    table = new_table("stage", "because", "last time")
+    for one in stages:
+        why = one.reasons or [f"reads {', '.join(one.after)}"]
+        if len(why) > 6:
+            why = [*why[:5], f"and {len(why) - 5} more"]
+        last = "–" if one.last is None else _duration(one.last["seconds"])
+        table.add_row(one.stage, "\n".join(why), last)
+    return table
 
 
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _short(value: Any) -> str:
-    if value is MISSING:
-        return "(not there)"
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-
-
-def _plain(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON; a value that was or is not there is left out."""
-
-    def stage(one: Planned) -> dict[str, Any]:
-        reasons = [
-            {key: value for key, value in vars(reason).items() if value is not MISSING and value != ""}
-            for reason in one.reasons
-        ]
-        return {**asdict(one), "reasons": reasons}
-
-    return {
-        "will_run": [stage(one) for one in plan.will_run],
-        "may_follow": [stage(one) for one in plan.may_follow],
-        "unchanged": plan.unchanged,
-        "frozen": plan.frozen,
-    }
+    return shorten(text, LONGEST)

@@ -1,10 +1,10 @@
 """`python -m stages remote check`: is the remote the one you mean, private, and are the artifacts on it whole?
 
-Three things, in this order, and each only if the one before it was right:
+It checks three things in this order, and each only if the one before it was right:
 
 1. The configuration: the remote is named in .dvc/config.local and not in the committed .dvc/config, no
-   credentials are committed, `verify` is on, and remotes.yaml allows the place. Nothing was sent until here.
-2. A probe: a small object of random bytes is written, read back, compared and deleted, by DVC's own file system.
+   credentials are committed, `verify` is on, and remotes.yaml allows the place. Until here nothing was sent.
+2. A probe: DVC's own file system writes a small object of random bytes, reads it back, compares and deletes it.
 3. The objects of dvc.lock: each one on the remote is read and hashed again.
 """
 
@@ -13,19 +13,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 import re
 import secrets
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from stages.core.errors import UserError
+from stages.run.errors import UserError
+from stages.tools.show import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,52 +38,52 @@ CREDENTIALS = frozenset(
     "connection_string account_key sas_token client_secret oss_key_id oss_key_secret gdrive_client_secret".split()
 )
 PRIVATE_ACLS = ("private", "bucket-owner-read", "bucket-owner-full-control")
-PORTS = {"ssh": 22, "http": 80, "https": 443}
+FORBIDDEN = {
+    "allow_anonymous_login": "only a public bucket takes that",
+    "version_aware": "such a remote does not keep objects by hash",
+    "worktree": "such a remote does not keep objects by hash",
+}
+AWS = re.compile(r"https://s3([.-][a-z0-9.-]+)?\.amazonaws\.com(\.cn)?")
 CONNECT_SECONDS = 10  # S3 tries five times
 BLOCK = 2**20
 SHOWN = 20  # lines of a list
+
+Finding = tuple[bool, str, str]  # whether all is well, what to say then, and what to say otherwise
 
 
 def main(
     name: str | None = None,
     objects: bool = True,
-    sample: int | None = None,
     repair: bool = False,
     console: Console | None = None,
 ) -> None:
     """Check a DVC remote (by default: the default one, or the only one) and print what was found.
 
-    `objects` False leaves the objects of dvc.lock out, `sample` hashes only so many of them, `repair` sends
-    missing and corrupt ones again from this machine's cache. Raises UserError for the first thing that is
-    wrong, after all of that part were listed.
+    `objects` False leaves out the objects of dvc.lock, `repair` sends missing and corrupt ones again from this
+    machine's cache. Raises UserError for the first thing that is wrong, after listing all of that part.
     """
-    from rich.console import Console
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
 
-    console = console or Console()
-    repo = _open_repo()
-    name = _choose(repo.config, name)
+    console = console or new_console()
+    try:
+        repo = Repo()
+    except DvcException as error:
+        raise UserError(_first_line(error)) from None
+    name = _pick(repo.config, name)
     remote = _check_configuration(console, repo, name)
-    with _said(f"remote '{name}': the probe in {remote.path}"):
-        _round_trip(remote.odb)
+    with _in_one_line(f"remote '{name}': the probe in {remote.path}"):
+        _probe(remote.odb)
     _print(console, "a probe written, read back, compared and deleted")
     if objects:
-        _check_objects(console, repo, remote, sample, repair)
+        with _in_one_line(f"remote '{name}'"):
+            _check_objects(console, repo, remote, repair)
 
 
 # ---- The configuration -------------------------------------------------------------------------------
 
 
-def _open_repo() -> Any:
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    try:
-        return Repo()
-    except DvcException as error:
-        raise UserError(_first_line(error)) from None
-
-
-def _choose(config: Any, name: str | None) -> str:
+def _pick(config: Any, name: str | None) -> str:
     remotes = sorted(config["remote"])
     if not remotes:
         raise UserError(f"no remote is configured, so nothing can be pushed; name one as in {DOCS}")
@@ -109,94 +109,64 @@ def _check_configuration(console: Console, repo: Any, name: str) -> Any:
                 f"remote '{name}': its packages are not installed; type `pip install -r requirements-remote.txt`"
             ) from None
         raise UserError(f"remote '{name}': {_first_line(error)}") from None
-    console.print(
-        f"remote '{name}': {_without_password(repo.config['remote'][name]['url'])}",
-        style="bold",
-        markup=False,
-    )
-    problems = []
-    for what, problem in (
-        *committed_problems(repo.config),
-        *setting_problems(name, settings),
-        *_place(remote, name),
-    ):
-        _print(console, problem or what, not problem)
-        problems += [problem] if problem else []
+    url = _without_password(repo.config["remote"][name]["url"])
+    console.print(f"remote '{name}': {url}", style="bold", markup=False)
+    with _in_one_line(f"remote '{name}'"):
+        findings = (*_committed(repo.config), *check_settings(name, settings), *_place(remote, name))
+    problems = [problem for good, _, problem in findings if not good]
+    for good, fact, problem in findings:
+        _print(console, fact if good else problem, good)
     if problems:
         raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
     return remote
 
 
-def committed_problems(config: Any) -> Iterator[tuple[str, str]]:
-    """(what was looked at, what is wrong with it or '') for what git could carry to others."""
+def _committed(config: Any) -> Iterator[Finding]:
+    """What git could carry to others."""
     committed, private = config.load_one("repo"), config.load_one("local")
     held = ", ".join(_credentials(committed["remote"]))
     yield (
+        not held,
         f"{COMMITTED}: no credentials",
-        held
-        and f"{COMMITTED}: holds {held}; replace them where they are issued, for git's history keeps them, "
+        f"{COMMITTED}: holds {held}; replace them where they are issued, for git's history keeps them, "
         f"and set the new ones with `dvc remote modify --local`",
     )
-    named = sorted(committed["remote"]) or [committed["core"].get("remote")]
+    named = next(iter(sorted(committed["remote"])), committed["core"].get("remote"))
     yield (
+        not named,
         f"{COMMITTED}: no remote",
-        f"{COMMITTED}: names the remote '{named[0]}', so that everyone with the repository pushes there; move it "
-        f"to {PRIVATE}: `dvc remote remove {named[0]}`, then `dvc remote add --local`"
-        if named[0]
-        else "",
+        f"{COMMITTED}: names the remote '{named}', so that everyone with the repository pushes there; move it "
+        f"to {PRIVATE}: `dvc remote remove {named}`, then `dvc remote add --local`",
     )
+    asked = ["git", "ls-files", "--error-unmatch", str(PRIVATE)]
     yield (
+        subprocess.run(asked, capture_output=True, check=False).returncode != 0,
         f"{PRIVATE}: not in git",
-        f"{PRIVATE}: git tracks it; type `git rm --cached {PRIVATE}`, and replace the credentials in it"
-        if _tracked(PRIVATE)
-        else "",
+        f"{PRIVATE}: git tracks it; type `git rm --cached {PRIVATE}`, and replace the credentials in it",
     )
-    open_to_others = PRIVATE.exists() and stat.S_IMODE(PRIVATE.stat().st_mode) & 0o077
     if any(_credentials(private["remote"])):
         yield (
+            not stat.S_IMODE(PRIVATE.stat().st_mode) & 0o077,
             f"{PRIVATE}: only you can read it",
-            f"{PRIVATE}: holds credentials and others can read it; type `chmod 600 {PRIVATE}`"
-            if open_to_others
-            else "",
+            f"{PRIVATE}: holds credentials and others can read it; type `chmod 600 {PRIVATE}`",
         )
 
 
-def setting_problems(name: str, settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(what was looked at, what is wrong with it or '') for a remote's own settings."""
-
-    def to_set(key: str, value: str) -> str:
-        return f"`dvc remote modify --local {name} {key} {value}`"
-
-    yield (
-        "verify: on",
-        ""
-        if settings.get("verify")
-        else f"verify: is off, so a corrupt object would be taken for a good one; type {to_set('verify', 'true')}",
-    )
+def check_settings(name: str, settings: dict[str, Any]) -> Iterator[Finding]:
+    """The settings of a remote that can let strangers in, or damage go unseen."""
+    modify, acl = f"type `dvc remote modify --local {name}", settings.get("acl", "private")
+    why = "is off, so a corrupt object would be taken for a good one"
+    yield bool(settings.get("verify")), "verify: on", f"verify: {why}; {modify} verify true`"
     if settings.get("ssl_verify") is False:
-        yield (
-            "ssl_verify",
-            f"ssl_verify: is off, so any server can pass for the remote; type {to_set('ssl_verify', 'true')}",
-        )
-    if settings.get("allow_anonymous_login"):
-        yield (
-            "allow_anonymous_login",
-            f"allow_anonymous_login: only a public bucket takes that; type {to_set('allow_anonymous_login', 'false')}",
-        )
-    if settings.get("acl", "private") not in PRIVATE_ACLS:
-        yield (
-            "acl",
-            f"acl: '{settings['acl']}' lets others read what is pushed; type {to_set('acl', 'private')}",
-        )
-    for grant in sorted(
-        key for key in settings if key.startswith("grant_") and "groups/" in str(settings[key])
-    ):
-        yield grant, f"{grant}: names a group of strangers; remove it"
-    if settings.get("version_aware") or settings.get("worktree"):
-        yield (
-            "version_aware",
-            "version_aware, worktree: such a remote does not keep objects by hash; remove these settings",
-        )
+        why = "is off, so any server can pass for the remote"
+        yield False, "", f"ssl_verify: {why}; {modify} ssl_verify true`"
+    if acl not in PRIVATE_ACLS:
+        yield False, "", f"acl: '{acl}' lets others read what is pushed; {modify} acl private`"
+    for key, value in settings.items():
+        if key in FORBIDDEN and value:
+            yield False, "", f"{key}: {FORBIDDEN[key]}; {modify} --unset {key}`"
+        if key.startswith("grant_") and "groups/" in str(value):
+            yield False, "", f"{key}: names a group of strangers; {modify} --unset {key}`"
 
 
 def _credentials(remotes: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -210,43 +180,32 @@ def _without_password(url: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", url)
 
 
-def _tracked(path: Path) -> bool:
-    command = ["git", "ls-files", "--error-unmatch", str(path)]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
 # ---- The list of allowed places ----------------------------------------------------------------------
 
 
-def _place(remote: Any, name: str) -> Iterator[tuple[str, str]]:
+def _place(remote: Any, name: str) -> Iterator[Finding]:
     """Whether remotes.yaml allows the place where this remote's data really goes."""
-    with _said(f"remote '{name}'"):
-        settings = remote.fs.fs_args
-        if remote.fs.protocol == "ssh":
-            # DVC takes any host key; here, only one that known_hosts has. Nor does the host get at the user's agent.
-            settings.update(known_hosts=(), agent_forwarding=False, connect_timeout=CONNECT_SECONDS)
-        elif remote.fs.protocol == "s3":
-            settings.setdefault("config_kwargs", {}).setdefault("connect_timeout", CONNECT_SECONDS)
-        kind, address = address_of(remote)
+    settings = remote.fs.fs_args
+    if remote.fs.protocol == "ssh":
+        # DVC accepts any host key; here the host must be in known_hosts. Nor does it get at the user's SSH agent.
+        settings.update(known_hosts=(), agent_forwarding=False, connect_timeout=CONNECT_SECONDS)
+    elif remote.fs.protocol == "s3":
+        settings.setdefault("config_kwargs", {}).setdefault("connect_timeout", CONNECT_SECONDS)
+    kind, address = address_of(remote)
     if kind not in ("ssh", "s3", "folder"):
-        yield f"{ALLOWED}", f"remote '{name}': only ssh, s3 and folders can be allowed, this is {kind}"
+        yield False, "", f"remote '{name}': only ssh, s3 and folders can be allowed, this is {kind}"
         return
-    allowed = any(_matches(kind, entry, address) for entry in read_allowed()[kind])
     yield (
+        is_allowed(kind, address, read_allowed()),
         f"{ALLOWED}: allows {address}",
-        ""
-        if allowed
-        else f"{ALLOWED}: does not allow {address}; if artifacts may go there, add it under `{kind}:`",
+        f"{ALLOWED}: does not allow {address}; if artifacts may go there, add it under `{kind}:`",
     )
     if kind == "folder" and not Path(address).is_dir():
-        yield "the folder is there", f"{address}: there is no such folder; mount it, or make it"
+        yield False, "", f"{address}: there is no such folder; mount it, or make it"
 
 
 def address_of(remote: Any) -> tuple[str, str]:
-    """(kind, address): where the data goes after ssh's configuration, AWS's, and links were followed.
-
-    The address is `host:port`, `https://endpoint/bucket`, or an absolute folder.
-    """
+    """(kind, address): where the data goes once ssh's and AWS's configuration and links are followed."""
     fs = remote.fs
     if fs.protocol == "local":
         return "folder", str(Path(remote.path).resolve())
@@ -256,87 +215,80 @@ def address_of(remote: Any) -> tuple[str, str]:
         # `config=()` makes it read ~/.ssh/config, as asyncssh.connect() does.
         given = {name: fs.fs_args[name] for name in ("host", "port", "username") if name in fs.fs_args}
         options = asyncssh.SSHClientConnectionOptions(config=(), **given)
-        return "ssh", f"{options.host.lower()}:{options.port}"
+        return "ssh", f"{options.host.lower().strip('[]')}:{options.port}"
     if fs.protocol == "s3":
-        return "s3", f"{_origin(fs.fs.s3.meta.endpoint_url)}/{remote.path.strip('/').split('/')[0]}"
+        return "s3", _bucket(f"{fs.fs.s3.meta.endpoint_url}/{remote.path.strip('/').split('/')[0]}")
     return fs.protocol, remote.path
 
 
+def is_allowed(kind: str, address: str, allowed: dict[str, list[str]]) -> bool:
+    """Whether an address is on the list; of a folder, whether it is below one that is."""
+    if kind == "folder":
+        return any(Path(address).is_relative_to(entry) for entry in allowed[kind])
+    return address in allowed[kind]
+
+
 def read_allowed(path: Path = ALLOWED) -> dict[str, list[str]]:
-    """The allowed places of each kind. Without a file nothing is allowed. Raises UserError naming the bad entry."""
+    """The allowed addresses of each kind, written as `address_of` writes them; none without a file.
+
+    Raises UserError naming the bad entry.
+    """
     from ruamel.yaml import YAML, YAMLError
 
-    kinds: dict[str, list[str]] = {"ssh": [], "s3": [], "folder": []}
+    readers = {"ssh": _host, "s3": _bucket, "folder": _folder}
+    kinds: dict[str, list[str]] = {kind: [] for kind in readers}
     try:
         found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         return kinds
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(one, list | None) for one in found.values()):
         raise UserError(f"{path}: must hold lists under ssh, s3 and folder")
     for kind, entries in found.items():
         if kind not in kinds:
             raise UserError(f"{path}: unknown key '{kind}'; it holds ssh, s3 and folder")
-        for entry in entries if isinstance(entries, list) else [entries] if entries is not None else []:
-            if problem := _entry_problem(kind, entry):
-                raise UserError(f"{path}: {kind}: '{entry}' {problem}")
-            kinds[kind].append(entry)
+        for entry in entries or []:
+            try:
+                if not isinstance(entry, str) or re.search(r"[*?\s]|^$", entry):
+                    raise ValueError("is not one place; patterns are not known here")
+                kinds[kind].append(readers[kind](entry))
+            except ValueError as error:
+                raise UserError(f"{path}: {kind}: '{entry}' {error}") from None
     return kinds
 
 
-def _entry_problem(kind: str, entry: Any) -> str:
-    if not isinstance(entry, str) or not entry.strip() or re.search(r"[*?\s]", entry):
-        return "is not one place; patterns are not known here"
-    if kind == "folder":
-        return (
-            ""
-            if Path(entry).is_absolute() and entry.strip("/")
-            else "must be an absolute folder, and not all of them"
-        )
-    if kind == "ssh":
-        return "must be host or host:port" if re.search(r"[/@]", entry) or not _host(entry) else ""
+def _host(entry: str) -> str:
+    """`host:port` of an SSH server."""
+    found = re.fullmatch(r"(\[[0-9a-f:]+\]|[^/@:\[\]]+)(?::(\d+))?", entry.lower())
+    if not found:
+        raise ValueError("must be host or host:port")
+    return f"{found[1].strip('[]')}:{found[2] or 22}"
+
+
+def _bucket(entry: str) -> str:
+    """`https://endpoint/bucket`, the usual port left out; of a bucket at AWS only its name."""
     if "/" not in entry and ":" not in entry:
-        return ""
+        return entry
     url = urlsplit(entry)
-    whole = url.scheme in ("http", "https") and url.hostname and re.fullmatch(r"/[^/]+/?", url.path)
-    return "" if whole else "must be a bucket, or https://endpoint/bucket"
+    if url.scheme not in ("http", "https") or not url.hostname or not re.fullmatch(r"/[^/]+/?", url.path):
+        raise ValueError("must be a bucket, or https://endpoint/bucket")
+    usual = url.port in (None, {"http": 80, "https": 443}[url.scheme])
+    endpoint = f"{url.scheme}://{url.hostname}" + ("" if usual else f":{url.port}")
+    bucket = url.path.strip("/")
+    return bucket if AWS.fullmatch(endpoint) else f"{endpoint}/{bucket}"
 
 
-def _matches(kind: str, entry: str, address: str) -> bool:
-    if kind == "folder":
-        return Path(address).is_relative_to(Path(entry).resolve())
-    if kind == "ssh":
-        return _host(entry) == _host(address)
-    endpoint, _, bucket = address.rpartition("/")
-    if "/" in entry:
-        where, _, wanted = entry.rstrip("/").rpartition("/")
-        return (_origin(where), wanted) == (endpoint, bucket)
-    at_aws = re.fullmatch(r"https://s3([.-][a-z0-9.-]+)?\.amazonaws\.com(\.cn)?", endpoint)
-    return entry == bucket and bool(at_aws)
-
-
-def _host(entry: str) -> tuple[str, int] | None:
-    try:
-        # An IPv6 address may come without brackets from ssh's configuration.
-        bare = re.fullmatch(r"([0-9a-f:]*:[0-9a-f:]*:[0-9a-f:]*):(\d+)", entry)
-        url = urlsplit(f"ssh://[{bare[1]}]:{bare[2]}" if bare else f"ssh://{entry}")
-        return (url.hostname, url.port or PORTS["ssh"]) if url.hostname else None
-    except ValueError:
-        return None
-
-
-def _origin(url: str) -> str:
-    """Scheme, host and port of a URL, the port left out where it is the usual one."""
-    parts = urlsplit(url)
-    port = "" if parts.port in (None, PORTS.get(parts.scheme)) else f":{parts.port}"
-    return f"{parts.scheme}://{parts.hostname}{port}"
+def _folder(entry: str) -> str:
+    if not Path(entry).is_absolute() or not entry.strip("/"):
+        raise ValueError("must be an absolute folder, and not all of them")
+    return str(Path(entry).resolve())
 
 
 # ---- The probe ---------------------------------------------------------------------------------------
 
 
-def _round_trip(odb: Any) -> None:
+def _probe(odb: Any) -> None:
     """Write an object as a push writes it, read it back, compare, delete."""
     from dvc.fs import localfs
 
@@ -360,94 +312,78 @@ def _round_trip(odb: Any) -> None:
 # ---- The objects -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Object:
-    """An object that dvc.lock names, directly or through the listing of a folder."""
-
-    oid: str
-    name: str  # of an output that it is, or of a file in one
-    listings: set[str] = field(default_factory=set)  # the folders' objects that name it
-    state: str = "missing"  # or present, whole, corrupt
-    size: int = 0  # bytes on the remote
-
-
-def _check_objects(console: Console, repo: Any, remote: Any, sample: int | None, repair: bool) -> None:
+def _check_objects(console: Console, repo: Any, remote: Any, repair: bool) -> None:
+    """Hash every object that dvc.lock names, and list those that are missing or corrupt."""
     odb, cache = remote.odb, repo.cache.local
     outs = [out for out in repo.index.outs if out.use_cache and out.remote in (None, remote.name)]
-    kept = [str(out) for out in outs if not out.can_push]
-    if kept:
+    if kept := [str(out) for out in outs if not out.can_push]:
         console.print(f"     kept out of pushes: {', '.join(kept)}", markup=False, highlight=False)
-    found: dict[str, Object] = {}
-    with _said(f"remote '{remote.name}'"):
-        for out in outs:
-            if out.can_push and out.hash_info and out.hash_info.value:
-                _collect(found, odb, cache, out)
-        if not found:
-            console.print("     dvc.lock names no objects yet; `dvc repro` makes them")
-            return
-        _hash(console, odb, list(found.values()), sample)
-        bad = [one for one in found.values() if one.state in ("missing", "corrupt")]
-        if repair and bad:
-            repaired = [
-                one for one in sorted(bad, key=lambda one: one.oid.endswith(".dir")) if _send(odb, cache, one)
-            ]
-            _hash(console, odb, repaired, None)
-            console.print(f"     sent again: {len(repaired)}")
-    _report(console, remote.name, list(found.values()), repair)
-
-
-def _collect(found: dict[str, Object], odb: Any, cache: Any, out: Any) -> None:
-    """Add an output's object, and of a folder those it lists; see which of them are on the remote."""
-    oid = out.hash_info.value
-    top = found.setdefault(oid, Object(oid, str(out)))
-    _look(odb, top)
-    if not oid.endswith(".dir"):
+    names: dict[str, str] = {}  # object -> the output it is, or the file in an output
+    for out in outs:
+        if out.can_push and out.hash_info and (oid := out.hash_info.value):
+            names[oid] = str(out)
+            for entry in (_listing(odb, oid) or _listing(cache, oid)) if oid.endswith(".dir") else []:
+                names[entry["md5"]] = f"{out}/{entry['relpath']}"
+    if not names:
+        console.print("     dvc.lock names no objects yet; `dvc repro` makes them")
         return
-    listing = _listing(odb, oid) if top.state == "present" else None
-    if top.state == "present":
-        top.state = "whole" if listing is not None else "corrupt"
-    for entry in listing or _listing(cache, oid) or []:
-        one = found.setdefault(entry["md5"], Object(entry["md5"], f"{out}/{entry['relpath']}"))
-        one.listings.add(oid)
-        _look(odb, one)
+
+    states = _inspect(console, odb, names)
+    if repair:
+        # Files before the listings that name them: DVC takes a listing as a sign that its files are there.
+        bad = sorted((oid for oid in names if states[oid] != "whole"), key=lambda oid: oid.endswith(".dir"))
+        sent = [oid for oid in bad if _send(odb, cache, oid)]
+        states |= _inspect(console, odb, {oid: names[oid] for oid in sent})
+        console.print(f"     sent again: {len(sent)}")
+    bad = [oid for oid in names if states[oid] != "whole"]
+    count = Counter(states.values())
+    missing, corrupt = f"{count['missing']} missing", f"{count['corrupt']} corrupt"
+    _print(console, f"objects of dvc.lock: {count['whole']} whole, {missing}, {corrupt}", not bad)
+    for oid in bad[:SHOWN]:
+        line = f"     {states[oid]:8} {names[oid]}  {oid}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if len(bad) > SHOWN:
+        console.print(f"     and {len(bad) - SHOWN} more")
+    if bad:
+        # `dvc push` goes by names: it sees no corrupt object, and no gap behind a folder's listing.
+        advice = (
+            "this machine's cache lacks them; repeat it on the machine that made them"
+            if repair
+            else f"type `dvc push -r {remote.name}`"
+            if count["missing"] == len(names)
+            else f"`dvc push` may not notice; type `python -m stages remote check {remote.name} --repair`"
+        )
+        raise UserError(f"remote '{remote.name}': {missing}, {corrupt} of {len(names)} objects; {advice}")
 
 
-def _look(odb: Any, one: Object) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        one.size = odb.fs.info(odb.oid_to_path(one.oid))["size"]
-        one.state = "present"
-
-
-def _listing(odb: Any, oid: str) -> list[dict[str, str]] | None:
-    """What a folder's object lists, or None where it is not there or not what its name says."""
+def _listing(odb: Any, oid: str) -> list[dict[str, str]]:
+    """What a folder's object lists; nothing where it is missing or not what its name says."""
     try:
         with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
             text = file.read()
     except FileNotFoundError:
-        return None
+        return []
     whole = hashlib.md5(text, usedforsecurity=False).hexdigest() == oid.removesuffix(".dir")
-    return list(json.loads(text)) if whole else None
+    return list(json.loads(text)) if whole else []
 
 
-def _hash(console: Console, odb: Any, objects: Iterable[Object], sample: int | None) -> None:
-    """Read what is present, and see whether it is what its name says."""
+def _inspect(console: Console, odb: Any, names: dict[str, str]) -> dict[str, str]:
+    """Read objects; for each, whether it is whole, corrupt (its bytes are not what its name says) or missing."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    chosen = [one for one in objects if one.state == "present"]
-    if sample is not None and sample < len(chosen):
-        chosen = random.sample(chosen, sample)
-    columns = (
-        TextColumn("     hashing {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
+    sizes, states = {}, dict.fromkeys(names, "missing")
+    for oid in names:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[oid] = odb.fs.info(odb.oid_to_path(oid))["size"]
+    title = TextColumn("     hashing {task.description}")
+    columns = (title, BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(one.size for one in chosen))
-        for one in chosen:
-            progress.update(task, description=Path(one.name).name)
-            actual = _md5(odb.fs, odb.oid_to_path(one.oid), lambda size: progress.advance(task, size))
-            one.state = "whole" if actual == one.oid.removesuffix(".dir") else "corrupt"
+        task = progress.add_task("", total=sum(sizes.values()))
+        for oid in sizes:
+            progress.update(task, description=Path(names[oid]).name)
+            actual = _md5(odb.fs, odb.oid_to_path(oid), lambda size: progress.advance(task, size))
+            states[oid] = "whole" if actual == oid.removesuffix(".dir") else "corrupt"
+    return states
 
 
 def _md5(fs: Any, path: str, advance: Callable[[int], None] = lambda size: None) -> str:
@@ -460,63 +396,28 @@ def _md5(fs: Any, path: str, advance: Callable[[int], None] = lambda size: None)
     return digest.hexdigest()
 
 
-def _send(odb: Any, cache: Any, one: Object) -> bool:
-    """Put an object on the remote from this machine's cache, over what is there; False where it is not here."""
-    source = cache.oid_to_path(one.oid)
-    if not Path(source).is_file() or _md5(cache.fs, source) != one.oid.removesuffix(".dir"):
+def _send(odb: Any, cache: Any, oid: str) -> bool:
+    """Write an object to the remote from this machine's cache, over what is there; False where it is not here."""
+    source = cache.oid_to_path(oid)
+    if not Path(source).is_file() or _md5(cache.fs, source) != oid.removesuffix(".dir"):
         return False
-    odb.add(source, cache.fs, one.oid, check_exists=False, verify=False)
-    one.state = "present"
+    odb.add(source, cache.fs, oid, check_exists=False, verify=False)
     return True
 
 
-def _report(console: Console, name: str, objects: list[Object], repaired: bool) -> None:
-    by_state = {
-        state: [one for one in objects if one.state == state]
-        for state in ("whole", "present", "missing", "corrupt")
-    }
-    missing, corrupt = by_state["missing"], by_state["corrupt"]
-    counts = f"objects of dvc.lock: {len(by_state['whole'])} whole"
-    counts += f", {len(by_state['present'])} there but not hashed" if by_state["present"] else ""
-    counts += f", {len(missing)} missing, {len(corrupt)} corrupt"
-    _print(console, counts, not (missing or corrupt))
-    bad = corrupt + missing
-    for one in bad[:SHOWN]:
-        console.print(
-            f"     {one.state:8} {one.name}  {one.oid}", markup=False, highlight=False, soft_wrap=True
-        )
-    if bad[SHOWN:]:
-        console.print(f"     and {len(bad) - SHOWN} more")
-    if not bad:
-        return
-    whole = {one.oid for one in by_state["whole"]}
-    # DVC believes a folder's listing: where that is there, its files are not sent again.
-    stuck = corrupt or any(one.listings & whole for one in missing)
-    if repaired:
-        advice = "this machine's cache lacks them; repeat it on the machine that made them"
-    elif stuck:
-        advice = f"`dvc push` would not notice; type `python -m stages remote check {name} --repair`"
-    else:
-        advice = f"type `dvc push -r {name}`"
-    said = " and ".join(
-        f"{len(some)} {state}" for state, some in (("corrupt", corrupt), ("missing", missing)) if some
-    )
-    raise UserError(f"remote '{name}': {said} of {len(objects)} objects; {advice}")
-
-
-# ---- What is said ------------------------------------------------------------------------------------
+# ---- What is printed ---------------------------------------------------------------------------------
 
 
 def _print(console: Console, what: str, good: bool = True) -> None:
     from rich.markup import escape
 
     mark = "[green]OK[/green]  " if good else "[red]no[/red]  "
-    console.print(f"{mark} {escape(what)}", highlight=False, soft_wrap=True)
+    console.print(f"{mark} {escape(what)}", markup=True, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _said(where: str) -> Iterator[None]:
-    """Whatever a storage library raises, as one line; their errors share no class of their own."""
+def _in_one_line(where: str) -> Iterator[None]:
+    """Say in one line what a storage library raises; their errors have no class in common."""
     try:
         yield
     except UserError:

@@ -1,0 +1,149 @@
+"""Trains on a Ray cluster by Ray Train: the same function on as many devices as divide the global batch.
+
+Ray Train's TorchTrainer starts the processes and connects them (gloo on CPUs, nccl on GPUs). When a process dies, this
+module ends the others and trains again on the devices that are left, from the newest complete checkpoint in the run's
+folder. So the project must lie in a folder that all hosts share. Ray Train's own `max_failures` does not serve here: it
+waits for as many devices as before, and those of a dead host may never come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from stages.launch.attempt import END, call_as_one_of_several, out_of_memory, rebuild
+from stages.launch.devices import training_processes
+from stages.launch.ray_cluster import check_hosts, describe_problem, find_places, needed_files, ray_cluster
+from stages.run.errors import UserError
+from stages.run.files import write_json
+from stages.run.resume import newest_checkpoint, step_of
+from stages.run.stage import StageRun
+
+RESTARTS = 3  # in a row without a new checkpoint
+WAIT_SECONDS = 600.0  # how long a cluster may be without any device
+SAID = "said.log"  # what the first worker prints
+TOKEN = "token.json"  # a file by which a host proves that it shares the folder
+
+
+def train_on_ray(entry: str, run: StageRun, batch: int, most: int | None) -> bool:
+    """Call `entry` on the workers of the cluster. Returns False when one of them ran out of memory.
+
+    Raises UserError when the cluster cannot be used, or when training dies repeatedly without a new checkpoint.
+    """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # a large model's host may be slow
+    with ray_cluster() as ray, _following(run):
+        failures, step = 0, step_of(newest_checkpoint(run.work))
+        while True:
+            count, resources = _choose_workers(ray, run, batch)
+            error = _fit(entry, run, count, resources, most)
+            if error is None:
+                return True
+            if out_of_memory(run):
+                return False
+            before, step = step, step_of(newest_checkpoint(run.work))
+            failures = 1 if step > before else failures + 1
+            if failures > RESTARTS:
+                raise UserError(
+                    f"{run.name}: training on the Ray cluster ended {failures} times without a new checkpoint (the "
+                    f"last: {error}). Run the same command again: it goes on from step {step}"
+                )
+            run.say(f"a worker is gone ({escape(error)}); going on from step {step}")
+
+
+def _choose_workers(ray: Any, run: StageRun, batch: int) -> tuple[int, dict[str, float]]:
+    """The number of workers, and the CPUs and GPUs that each of them reserves."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        write_json(run.work / TOKEN, {"time": time.time()})  # only hosts that share this folder have it
+        places = find_places(ray, run.params.hardware)
+        problems = check_hosts(ray, places, needed_files(run.work / TOKEN))
+        for place in places:
+            if problem := problems.get(place.node):
+                raise UserError(f"{run.name}: {describe_problem(place, problem)}")
+        places = [place for place in places if place.node not in problems]
+        if places:
+            break
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{run.name}: the Ray cluster has had no device for {WAIT_SECONDS / 60:.0f} minutes; start workers "
+                "with `ray start` (docs/gpus.md) and run the same command again: it goes on where it was"
+            )
+        time.sleep(2)
+    count = training_processes(len(places), batch)
+    run.say(f"training with {count} workers; the Ray cluster has {len(places)} devices")
+    resources: dict[str, float] = {"CPU": min(place.cpus for place in places)}
+    if places[0].gpus:
+        resources["GPU"] = 1
+    return count, resources
+
+
+def _fit(entry: str, run: StageRun, count: int, resources: dict[str, float], most: int | None) -> str | None:
+    """Train to the end (returns None) or until a worker dies (returns the reason, in one line)."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    (run.work / END).unlink(missing_ok=True)
+    order = {"entry": entry, "most": most, "project": str(Path.cwd()), **run.description()}
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=order,
+        scaling_config=ScalingConfig(
+            num_workers=count, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"{run.name}-{time.time_ns()}",  # a new name, so that Ray Train restores nothing
+            storage_path=str(run.work.resolve() / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
+        return lines[-1] if lines else type(error).__name__
+    return None
+
+
+def work(order: dict[str, Any]) -> None:
+    """The work of each worker. Ray Train has already set RANK and WORLD_SIZE and connected the processes."""
+    os.chdir(order["project"])
+    run = rebuild(order)
+    with (run.work / SAID).open("a", encoding="utf-8") as said:
+        if os.environ["RANK"] == "0":
+            run.console = Console(file=said, soft_wrap=True)
+        if not call_as_one_of_several(order["entry"], run, order["most"]):
+            raise RuntimeError("training did not finish")  # ends the other workers too
+
+
+@contextlib.contextmanager
+def _following(run: StageRun) -> Iterator[None]:
+    """Print here what the first worker writes into the run's folder."""
+    path, over = run.work / SAID, threading.Event()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+
+    def follow() -> None:
+        with path.open(encoding="utf-8") as said:
+            while True:
+                last = over.wait(0.5)
+                if text := said.read():
+                    run.console.print(text, end="", markup=False, highlight=False)
+                if last:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

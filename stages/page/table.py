@@ -1,0 +1,95 @@
+"""Prints the result table in the terminal, from `metrics/*.json` alone; it fits 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stages.run.errors import UserError
+from stages.run.files import read_json
+from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES
+from stages.stats.one import health_warnings, samples_in
+from stages.stats.paired import p_words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def read_policies() -> dict[str, dict[str, Any]]:
+    """The metrics of the evaluated policies, in the order of the pipeline; empty when there are none."""
+    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in POLICIES}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
+
+
+def print_results(console: Console | None = None) -> None:
+    """Print what each policy scored, what changed from the one before it, and where to look next.
+
+    Raises UserError when nothing was evaluated yet or a metrics file is damaged.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = console or Console()
+    policies = read_policies()
+    if not policies:
+        raise UserError("metrics/platinum: there are no results yet; run `dvc repro`")
+    comparisons: dict[str, Any] = read_json(COMPARISON) if COMPARISON.is_file() else {}
+    k = max(samples_in(metrics) for metrics in policies.values())
+
+    title = f"Platinum test set, {max(metrics['questions'] for metrics in policies.values()):,} questions"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("policy")
+    table.add_column("greedy (95 %)", justify="right", no_wrap=True)
+    table.add_column("change", justify="right", no_wrap=True)
+    table.add_column("p", justify="right", no_wrap=True)
+    if k:
+        table.add_column(f"mean@{k}", justify="right", no_wrap=True)
+        table.add_column("change", justify="right", no_wrap=True)
+        table.add_column("p", justify="right", no_wrap=True)
+
+    before = ""
+    words, warnings = [], []
+    for name, metrics in policies.items():
+        step = comparisons.get(f"{before}_to_{name}", {})
+        accuracy, low, high = (100 * metrics[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        cells = [
+            POLICIES[name],
+            f"{accuracy:.1f} % ({low:.1f}–{high:.1f})",
+            *_change(step, "difference", "p"),
+        ]
+        if k:
+            own = samples_in(metrics)
+            cells.append(f"{100 * metrics[f'mean_at_{own}']:.1f} %" if own else "")
+            cells += _change(step, "mean_difference", "mean_p")
+        table.add_row(*cells)
+        if step:
+            words += [f"{POLICIES[before]} → {POLICIES[name]}", f"  greedy {step['verdict']}"]
+            if "mean_verdict" in step:
+                words.append(f"  mean@{step['samples_b']} {step['mean_verdict']}")
+        warnings += health_warnings(metrics, POLICIES[name])
+        before = name
+
+    console.print(table)
+    for line in words:
+        console.print(escape(line), highlight=False)
+    for line in warnings:
+        console.print(f"[bold red]WARNING[/bold red] {escape(line)}", highlight=False)
+    console.print("\nWhere to look next", style="bold")
+    for command, what in (
+        ("report.html", "open it in a browser: every question, gained and lost"),
+        ("dvc metrics show", "all metrics"),
+        ("dvc plots show", "curves, arms, coherence"),
+    ):
+        console.print(f"  {command:<18}{what}", highlight=False)
+
+
+def _change(step: Mapping[str, Any], difference: str, p: str) -> list[str]:
+    """Two cells: the change in points and its p-value; empty when there is nothing to compare with."""
+    if difference not in step:
+        return ["", ""]
+    return [
+        f"{100 * step[difference]:+.1f}",
+        p_words(step[p]).removeprefix("p ").removeprefix("= ").replace("< ", "<"),
+    ]

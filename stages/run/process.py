@@ -1,0 +1,69 @@
+"""Sets up the process of a stage: quiet, offline, and with the same arithmetic every time.
+
+`prepare_process` runs before torch or a hub library is imported, because they read these settings on import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+SILENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+# Every x86-64 processor uses the same instruction set, so that sums round alike; AVX-512 would be a little faster.
+SAME_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def prepare_process(network: bool = False) -> None:
+    """Set the environment variables that libraries read. `network` leaves the hub reachable (prepare and base only)."""
+    os.environ.update(SILENT)
+    for name, value in SAME_ARITHMETIC.items():
+        os.environ.setdefault(name, value)
+    for name in OFFLINE:
+        if not network:
+            os.environ[name] = "1"
+    _keep_freed_memory()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|transformers|trl|peft|accelerate)\b.*"
+    )
+    # docs/gpus.md says what cannot be deterministic on a GPU; a stage does not repeat it.
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, message=".*(deterministic implementation|non-deterministic algorithm)"
+    )
+
+
+def fix_arithmetic(threads: int | None, seed: int) -> None:
+    """Set the number of threads, deterministic algorithms, and the seed of torch's random numbers."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # filling only costs time; nothing reads such memory
+    )
+    torch.manual_seed(seed)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks for reuse. Otherwise the kernel clears every page of them again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold, two_gib = -1, -3, 2**31 - 1  # as in malloc.h
+        mallopt(m_mmap_threshold, two_gib)
+        mallopt(m_trim_threshold, two_gib)
