@@ -7,8 +7,8 @@ One question is put to every reader: does this completion state this gold answer
 
 - real: 4 x 1,319 solutions of OpenAI's models with the published `is_correct`, as published (`A: N`) and with
   GSM8K's own ending (`#### N`) instead, which the harness's strict filter looks for; left out without --source
-- endings, numbers, leaks, thinking: the cases of tests/core/test_answers_*.py that state an answer. They were
-  written for our reader, whose tests demand all of them: they show what others do there, not who is better.
+- endings, numbers, leaks, thinking: the cases of tests/text/test_answers_*.py that state an answer. They were
+  written for our reader, and its tests demand all of them: they show what others do there, not who is better.
 
 The harness is its published gsm8k task, version 3.0: stop words, filters, and exact_match after removing
 commas, dollar signs and a last full stop (EleutherAI/lm-evaluation-harness, lm_eval/tasks/gsm8k/gsm8k.yaml and
@@ -18,22 +18,18 @@ Golds are prepared beforehand. Speed is processor time on one core on the real t
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import MODELS, ROOT, example_solutions, machine, note, print_table
+from common import MODELS, ROOT, example_solutions, machine, new_parser, note, print_table, versions
 
-sys.path.insert(0, str(ROOT))
-from stages.core.answers import gold_answer, read_answer, same_answer
+from stages.text.answers import gold_answer, read_answer, same_answer
 
 INSTALL = "python3 -m venv bench/.venv && bench/.venv/bin/pip install -r bench/requirements.txt"
 
@@ -65,34 +61,26 @@ class Reader:
 
 def main() -> None:
     """Put all cases to all readers and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--source", type=Path, help="example_model_solutions.jsonl of grade-school-math")
-    parser.add_argument(
-        "--repeat", type=int, default=3, help="timed passes over the texts; the fastest counts"
-    )
     options = parser.parse_args()
     families = test_cases()
+    timed = [case for cases in families.values() for case in cases]
     if options.source:
         families = {**real_cases(options.source), **families}
+        timed = next(iter(families.values()))
     else:
         note("without --source the real solutions are left out")
-    timed = (
-        next(iter(families.values()))
-        if options.source
-        else [case for cases in families.values() for case in cases]
-    )
     measured = []
     for reader in readers():
         note(f"{reader.name} ...")
-        speed = best_speed(reader, timed, options.repeat)
+        speed = best_speed(reader, timed)
         measured.append((reader.name, speed, [judge(reader, cases) for cases in families.values()]))
     ours = measured[0][1]
     print(f"One core of {machine(1).partition(', ')[2]}\n")
     titles = [f"{name} ({len(cases):,})" for name, cases in families.items()]
     print_table(
-        ["reader", "completions/s", "our speed is", *titles],
+        ["reader", "completions/s", "ours is", *titles],
         [[name, f"{speed:,.0f}", f"{ours / speed:.2g} ×", *cells] for name, speed, cells in measured],
     )
 
@@ -103,7 +91,7 @@ def main() -> None:
 def readers() -> Iterator[Reader]:
     """Ours, the harness's two filters, and Math-Verify where it is installed."""
     yield Reader(
-        "stages/core/answers.py",
+        "stages/text/answers.py",
         gold_answer,
         lambda completion, gold, question: same_answer(read_answer(completion, question).answer, gold),
     )
@@ -115,7 +103,7 @@ def readers() -> Iterator[Reader]:
     from math_verify import parse, verify
 
     yield Reader(
-        f"Math-Verify {metadata.version('math-verify')}",
+        versions("math-verify"),
         parse,
         lambda completion, gold, _: bool(verify(gold, parse(completion))),
     )
@@ -182,19 +170,15 @@ def test_cases() -> dict[str, list[Case]]:
 
 
 def load_tests(name: str) -> ModuleType:
-    """The module tests/core/test_answers_NAME.py."""
-    try:
-        import hypothesis  # noqa: F401
-        import pytest  # noqa: F401
-    except ImportError as error:
-        raise SystemExit(
-            f"{error.name} is not installed here, and the tests' cases need it: {INSTALL}"
-        ) from None
-    path = ROOT / "tests" / "core" / f"test_answers_{name}.py"
+    """The module tests/text/test_answers_NAME.py."""
+    path = ROOT / "tests" / "text" / f"test_answers_{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise SystemExit(f"{path}: needs {error.name}, which is not installed here: {INSTALL}") from None
     return module
 
 
@@ -206,11 +190,11 @@ def parameters(test: Any) -> Sequence[Any]:
 # ---- measuring -----------------------------------------------------------------------------------------
 
 
-def best_speed(reader: Reader, cases: Sequence[Case], repeat: int) -> float:
-    """Completions judged per second of processor time, in the fastest pass."""
+def best_speed(reader: Reader, cases: Sequence[Case]) -> float:
+    """Completions judged per second of processor time, in the fastest of three passes."""
     prepared = [(case.completion, reader.prepare(case.gold), case.question) for case in cases]
     seconds = []
-    for _ in range(repeat):
+    for _ in range(3):
         start = time.process_time()
         for completion, gold, question in prepared:
             reader.verdict(completion, gold, question)
@@ -219,14 +203,14 @@ def best_speed(reader: Reader, cases: Sequence[Case], repeat: int) -> float:
 
 
 def judge(reader: Reader, cases: Sequence[Case]) -> str:
-    """A cell: how many verdicts are right; how many wrong ones are too kind and too strict."""
-    kind = strict = 0
+    """A cell: how many verdicts are right; in brackets how many of the others are too lenient / too strict."""
+    lenient = strict = 0
     for case in cases:
         said = reader.verdict(case.completion, reader.prepare(case.gold), case.question)
-        kind += said and not case.right
+        lenient += said and not case.right
         strict += case.right and not said
-    right = f"{len(cases) - kind - strict:,}"
-    return right if not kind + strict else f"{right} ({kind:,} too kind, {strict:,} too strict)"
+    right = f"{len(cases) - lenient - strict:,}"
+    return right if not lenient + strict else f"{right} ({lenient:,}/{strict:,})"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """How fast is the `coherence` stage, and how much memory does it take, from 10,000 to a million trajectories?
 
     python bench/coherence.py                                  # about 7 minutes and 2 GB of disk on two cores
-    python bench/coherence.py --sizes 10000 --repeat 3         # a quarter of a minute
-    python bench/coherence.py --source example_model_solutions.jsonl
+    python bench/coherence.py --sizes 10000                    # five seconds
 
-Each line of the table is one real `python -m stages coherence --rollouts ... --out ...` in a folder of its
-own, on groups of eight. The texts are two stories of the tiny generator told and solved step by step (about
-430 characters), no two of them equal; with `--source`, OpenAI's GSM8K example solutions. The last line is
-what one would write instead: ten lines of Python that take the last number of each text by a regular
-expression and count who agrees (s_end alone, nothing else). Linux only: it reads /proc.
+Each line of the table is one real `python -m stages coherence --rollouts ... --out ...` in a folder of its own, on
+groups of eight. The texts are two stories of the tiny generator, told and solved step by step (about 430 characters);
+no two of them are equal. The last line is what one would write instead: ten lines of Python that take the last number
+of each text by a regular expression and count who agrees (s_end alone, nothing else). Linux only: it reads /proc.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -24,13 +21,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
-from common import MODELS, ROOT, example_solutions, machine, make_workplace, note, print_table
+from common import machine, make_workplace, new_parser, note, print_table
 
-sys.path.insert(0, str(ROOT))
+from stages.run.files import write_jsonl
 from stages.tiny.problems import Problem, draw, mistaken
 
 GROUP = 8
@@ -63,110 +59,75 @@ with open(sys.argv[1]) as rollouts, open(sys.argv[2], "w") as out:
 
 def main() -> None:
     """Make the inputs, run the stage on each, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--source", type=Path, help="example_model_solutions.jsonl of grade-school-math")
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each; the fastest counts")
-    parser.add_argument("--core", type=int, default=0, help="the core that the one-core runs are tied to")
-    parser.add_argument("--folder", type=Path, help="where inputs and outputs go (they are removed)")
     options = parser.parse_args()
     if not Path("/proc/self/status").exists():
         raise SystemExit("bench/coherence.py reads memory from /proc, which only Linux has")
-    everything = sorted(os.sched_getaffinity(0))
-    if options.core not in everything:
-        raise SystemExit(f"--core {options.core}: this process may use the cores {everything} only")
+    usable = os.sched_getaffinity(0)
+    one = {min(usable)}
     rows = []
-    with tempfile.TemporaryDirectory(prefix="bench-coherence-", dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-coherence-") as folder:
         place = make_workplace(Path(folder) / "run")
         rollouts, out = Path(folder) / "rollouts.jsonl", Path(folder) / "scored.jsonl"
+        command = [
+            sys.executable,
+            "-m",
+            "stages",
+            "coherence",
+            "--rollouts",
+            str(rollouts),
+            "--out",
+            str(out),
+        ]
         for size in options.sizes:
-            questions, characters = write_groups(rollouts, size, options.source)
-            length = characters / (questions * GROUP)
-            note(
-                f"{questions * GROUP:,} trajectories of {length:.0f} characters, {rollouts.stat().st_size:,} bytes"
-            )
-            stage = [
-                sys.executable,
-                "-m",
-                "stages",
-                "coherence",
-                "--rollouts",
-                str(rollouts),
-                "--out",
-                str(out),
-            ]
-            for cores in (everything[:1], everything) if len(everything) > 1 else (everything,):
-                tied = {options.core} if len(cores) == 1 else set(cores)
-                run = best(stage, place, tied, options.repeat)
+            questions = write_jsonl(rollouts, told_groups(max(1, size // GROUP)))
+            note(f"{questions * GROUP:,} trajectories, {rollouts.stat().st_size:,} bytes")
+            for cores in [one, usable] if len(usable) > 1 else [one]:
+                run = measure(command, place, cores)
                 check_output(place, out, questions)
                 rows.append(row(f"`coherence`, {len(cores)} core{'s' * (len(cores) > 1)}", questions, run))
-                note(" | ".join(rows[-1]))
             by_hand = [sys.executable, "-c", BY_HAND, str(rollouts), str(out)]
-            hand = best(by_hand, place, {options.core}, options.repeat)
-            rows.append(row("last number by hand, 1 core", questions, hand))
-            for path in (rollouts, out):
-                path.unlink()
-    print(f"{machine(len(everything))}, groups of {GROUP}, {length:.0f} characters a trajectory on average\n")
-    head = (
-        "run", "trajectories", "trajectories/s", "µs each", "CPU µs each", "main process", "largest worker", "together",
-    )  # fmt: skip
-    print_table(head, rows)
+            rows.append(row("last number by hand, 1 core", questions, measure(by_hand, place, one)))
+    print(f"{machine(len(usable))}, groups of {GROUP}\n")
+    head = "run|trajectories|trajectories/s|µs each|CPU µs each|main process|largest worker|together"
+    print_table(head.split("|"), rows)
 
 
 # ---- inputs --------------------------------------------------------------------------------------------
 
 
-def write_groups(path: Path, size: int, source: Path | None) -> tuple[int, int]:
-    """Stream about `size` trajectories in groups of eight to `path`; returns questions and characters of text."""
-    wanted, characters = max(1, size // GROUP), 0
-    groups = real_groups(source) if source else told_groups()
-    rng = random.Random(29)
-    with path.open("w", encoding="utf-8") as file:
-        for number, group in zip(range(wanted), groups, strict=False):
-            name = f"bench-{number:06}"
-            trajectories = [
-                {
-                    "id": f"{name}/{index}",
-                    "arm": f"arm{index}",
-                    "text": text,
-                    "tokens": len(text) // 4,
-                    # Spread as a policy's are: a million different values must not cost a million rows of memory.
-                    "logprob": -len(text) * rng.betavariate(2, 6) / 2,
-                    "finish": "stop",
-                    "seed": GROUP * number + index,
-                }
-                for index, text in enumerate(group["texts"])
-            ]
-            characters += sum(map(len, group["texts"]))
-            group = {key: group[key] for key in ("question", "gold", "solution")}
-            line = json.dumps({"id": name, **group, "trajectories": trajectories}, ensure_ascii=False)
-            file.write(line + "\n")
-    return wanted, characters
-
-
-def told_groups() -> Iterator[dict[str, Any]]:
-    """Endless groups of two stories each, with eight different tellings, some of them mistaken."""
-    rng, seen = random.Random(17), set()
-    while True:
+def told_groups(questions: int) -> Iterator[dict[str, Any]]:
+    """Records of rollouts: a question of two stories each, with eight different tellings, some of them mistaken."""
+    rng, logprobs, seen = random.Random(17), random.Random(29), set()
+    while len(seen) < questions:
         pair = (draw(rng), draw(rng))
         key = (pair[0].question, pair[1].question)
         if key in seen:
             continue
         seen.add(key)
-        question = " ".join(story(one) for one in pair) + " What do both results add up to?"
-        texts = []
-        for index in range(GROUP):
+        name, trajectories = f"bench-{len(seen):06}", []
+        for index, opening in enumerate(OPENINGS):
             style = "plain" if index < 6 else "direct"
             parts = [mistaken(one, style, rng, confused_share=0.3, slip_share=0.05) for one in pair]  # type: ignore[arg-type]
-            texts.append(f"{OPENINGS[index]}\n{told(pair, parts)}")
+            text = f"{opening}\n{told(pair, parts)}"
+            logprob = (
+                -len(text) * logprobs.betavariate(2, 6) / 2
+            )  # spread as a policy's are, hardly two alike
+            trajectory = {
+                "id": f"{name}/{index}",
+                "arm": f"arm{index}",
+                "text": text,
+                "tokens": len(text) // 4,
+            }
+            trajectories.append({**trajectory, "logprob": logprob, "finish": "stop", "seed": index})
         solution = told(pair, [one.answer for one in pair])
         yield {
-            "question": question,
+            "id": name,
+            "question": " ".join(story(one) for one in pair) + " What do both results add up to?",
             "gold": solution.rsplit("#### ", 1)[1],
             "solution": solution,
-            "texts": texts,
+            "trajectories": trajectories,
         }
 
 
@@ -187,35 +148,6 @@ def told(pair: tuple[Problem, Problem], solutions: list[str]) -> str:
     return "\n".join(lines)
 
 
-def real_groups(source: Path) -> Iterator[dict[str, Any]]:
-    """Endless groups from the example solutions: the four models', the gold, and three with a slip in the last step.
-
-    Each time round, every text and question begins with other words, so that no two are equal.
-    """
-    rows = list(example_solutions(source))
-    for serial, one in zip(count(), cycle(rows), strict=False):
-        tag = "Case " + "".join("abcdefghij"[int(digit)] for digit in str(serial))
-        texts = [one[model]["solution"] for model in MODELS]
-        texts += [one["ground_truth"], *(slip(text) for text in texts[:3])]
-        yield {
-            "question": f"{tag}. {one['question']}",
-            "gold": one["ground_truth"].rsplit("A:", 1)[1].strip(),
-            "solution": one["ground_truth"],
-            "texts": [f"{tag}, {OPENINGS[index]}\n{text}" for index, text in enumerate(texts)],
-        }
-
-
-def slip(text: str) -> str:
-    """The text with its last annotated result, and its answer, one too large."""
-    found = list(re.finditer(r"=([0-9]+)>>[0-9]+", text))
-    steps, _, answer = text.rpartition("A:")
-    if not found or not answer.strip().isdigit():
-        return text
-    last = found[-1]
-    wrong = int(last[1]) + 1
-    return f"{steps[: last.start()]}={wrong}>>{wrong}{steps[last.end() :]}A: {int(answer) + 1}"
-
-
 # ---- running -------------------------------------------------------------------------------------------
 
 
@@ -228,11 +160,6 @@ class Run:
     main: float
     worker: float
     together: float
-
-
-def best(command: list[str], place: Path, cores: set[int], repeat: int) -> Run:
-    """The fastest of `repeat` runs."""
-    return min((measure(command, place, cores) for _ in range(repeat)), key=lambda run: run.seconds)
 
 
 def measure(command: list[str], place: Path, cores: set[int]) -> Run:
@@ -291,9 +218,6 @@ def check_output(place: Path, out: Path, questions: int) -> None:
         lines = sum(1 for _ in file)
     if (summary["questions"], summary["trajectories"], lines) != (questions, questions * GROUP, questions):
         raise SystemExit(f"{out}: {lines:,} lines, where {questions:,} are wanted")
-    note(
-        f"  accuracy {summary['accuracy']:.3f}, equations {summary['equations']}, soundness {summary['soundness']}"
-    )
 
 
 def row(name: str, questions: int, run: Run) -> list[str]:

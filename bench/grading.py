@@ -1,14 +1,12 @@
 """How fast answers are read, and how fast and in how much memory `grade` and `compare` work on one log.
 
-    python bench/grading.py LOG.jsonl [one]
+    python bench/grading.py LOG.jsonl
 
-LOG has the fields `question`, `gold` and `completion`. `one`: on one core. Every figure is of this machine.
+LOG has the fields `id`, `question`, `gold` and `completion`. All of it runs on one core of this machine.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import subprocess
 import sys
@@ -17,52 +15,53 @@ import time
 from itertools import islice
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+from common import ROOT, new_parser, print_table
+
+from stages.run.files import read_jsonl
+from stages.text.answers import gold_answer, read_answer, same_answer
 
 
-def reading(path: Path) -> None:
-    """Completions a second of `read_answer` and `same_answer` alone, on one core; the best of five."""
-    sys.path.insert(0, str(REPO))
-    from stages.core.answers import gold_answer, read_answer, same_answer
-
-    with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in islice(file, 20_000)]
+def reading(path: Path) -> float:
+    """Completions a second of `read_answer` and `same_answer` alone; the best of five."""
+    rows = islice(read_jsonl(path), 20_000)
     texts = [(row["completion"], row["question"], gold_answer(str(row["gold"]))) for row in rows]
-    best = float("inf")
+    seconds = []
     for _ in range(5):
         started = time.perf_counter()
         for completion, question, gold in texts:
             same_answer(read_answer(completion, question).answer, gold)
-        best = min(best, time.perf_counter() - started)
-    print(f"reading and comparing answers: {len(texts) / best:,.0f} completions a second on one core")
+        seconds.append(time.perf_counter() - started)
+    return len(texts) / min(seconds)
 
 
-def tool(name: str, *arguments: str, cores: set[int], rows: int) -> None:
-    """Wall time and peak memory of one command, that of its largest process."""
+def tool(name: str, *arguments: str, rows: int) -> list[str]:
+    """Wall time and peak memory of one command. The peak is that of the largest command so far."""
     before = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "stages", name, *arguments, "--json"],
-        cwd=REPO, check=True, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )  # fmt: skip
+    command = [sys.executable, "-m", "stages", name, *arguments, "--json"]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise SystemExit(f"{name}: failed; its own message is above")
     seconds = time.perf_counter() - before
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(
-        f"{name}: {rows:,} rows in {seconds:.1f} s, {rows / seconds:,.0f} a second, at most {peak:,.0f} MiB so far"
-    )
+    return [f"{seconds:.1f} s", f"{rows / seconds:,.0f}", f"{peak:,.0f} MiB"]
 
 
 def main() -> None:
-    path = Path(sys.argv[1]).resolve()
-    cores = set(list(os.sched_getaffinity(0))[: 1 if "one" in sys.argv else None])
+    """Read, grade, grade into a file, compare; print the table."""
+    parser = new_parser(__doc__)
+    parser.add_argument("log", type=Path, metavar="LOG.jsonl")
+    path = parser.parse_args().log.resolve()
     with path.open("rb") as file:
         rows = sum(1 for _ in file)
-    print(f"{path.name}: {rows:,} rows, {path.stat().st_size / 1e6:,.0f} MB; {len(cores)} cores")
-    reading(path)
+    print(f"{path.name}: {rows:,} lines, {path.stat().st_size / 1e6:,.0f} MB")
+    print(f"reading and comparing answers: {reading(path):,.0f} completions a second\n")
     with tempfile.TemporaryDirectory() as folder:
         graded = str(Path(folder) / "graded.jsonl")
-        tool("grade", str(path), cores=cores, rows=rows)
-        tool("grade", str(path), "--out", graded, cores=cores, rows=rows)
-        tool("compare", graded, graded, cores=cores, rows=rows)
+        table = [
+            ["grade", *tool("grade", str(path), rows=rows)],
+            ["grade --out", *tool("grade", str(path), "--out", graded, rows=rows)],
+            ["compare", *tool("compare", graded, graded, rows=rows)],
+        ]
+    print_table(["command", "time", "lines a second", "peak memory so far"], table)
 
 
 if __name__ == "__main__":

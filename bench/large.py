@@ -1,19 +1,18 @@
 """Rollouts at a size no test would draw: memory, journal and resume, with an engine that answers at once.
 
     python bench/large.py                          # 10,000, 100,000 and 1,000,000 questions, eight trajectories each
+    python bench/large.py --questions 1000         # a quarter of a minute
 
-Needs `checkpoints/base` and `data/gsm8k/train.jsonl` of a run. For each size, in a process of its own, the real
-rollout stage runs in a temporary project on that many copies of the training questions; the engine is a
-stand-in that gives every request a fixed text of usual length at once, so everything but the model is measured:
-reading, prompts, requests, journal, parts, output. It is then killed after nine tenths of the questions in a
-second run, and started again: `restart` is the time from the start of that process to its first new request.
+Needs `checkpoints/` and `data/gsm8k/train.jsonl` of a finished run of the tiny profile. For each size, in a process of
+its own, the real rollout stage runs in a temporary project on that many copies of the training questions. A stand-in
+for the engine gives every request the same text of usual length at once, so everything but the model is measured:
+reading, prompts, requests, journal, parts, output. A second run is killed after nine tenths of the questions and
+started again: `restart` is the time from the start of that process to its first new request.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -23,25 +22,28 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from workplace import ROOT, change
+from common import ROOT, change, make_workplace, new_parser, note, print_table
 
-sys.path.insert(0, str(ROOT))
+from stages.policy.request import Completion, Request
+from stages.run.files import read_jsonl, sha256_file, write_jsonl
+from stages.run.paths import ROLLOUTS, TRAIN
+
 STOP, FIRST = "LARGE_STOP_AFTER", "LARGE_FIRST_REQUEST"
+TEXT = "She has <<3*4=12>>12 apples in her bags.\n" * 5 + "#### 12"  # as long as a usual solution
 
 
-class Stand:
+class StandIn:
     """An engine that gives every request one text, and notes when it was first asked for something new."""
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
         self.tokens = tokens
         self.given = 0
 
-    def generate(self, requests: Iterable[Any], done: frozenset[str] = frozenset()) -> Iterator[Any]:
+    def generate(
+        self, requests: Iterable[Request], done: frozenset[str] = frozenset()
+    ) -> Iterator[Completion]:
         """See `Engine.generate`."""
-        from stages.engine.base import Completion
-
         for request in requests:
             if request.id in done:
                 continue
@@ -56,12 +58,11 @@ class Stand:
 def run_stage() -> None:
     """The rollout stage in this process with the stand-in; prints its peak memory."""
     from stages import rollout
-    from stages.core.launch import prepare_process
-    from stages.core.policy import load_tokenizer
+    from stages.policy.adapter import load_tokenizer
+    from stages.run.process import prepare_process
 
     prepare_process()
-    text = "She has <<3*4=12>>12 apples in her bags.\n" * 5 + "#### 12"
-    engine = Stand(tuple(load_tokenizer().encode(text, add_special_tokens=False)))
+    engine = StandIn(tuple(load_tokenizer().encode(TEXT, add_special_tokens=False)))
     rollout.open_engine = lambda *_: contextlib.nullcontext(engine)  # type: ignore[assignment]
     rollout.main()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -81,34 +82,29 @@ def start(place: Path, stop: int) -> tuple[float, float, int | None]:
     return time.time() - began, float(first.read_text()) - began, memory
 
 
-def measure(questions: int, folder: Path) -> list[str]:
+def measure(questions: int, place: Path) -> list[str]:
     """One row of the table."""
-    place = folder / str(questions)
-    (place / "data/gsm8k").mkdir(parents=True)
-    for name in ("params.yaml", "profiles"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, place / name)
-    (place / "checkpoints").symlink_to(ROOT / "checkpoints")
+    make_workplace(place)
     change(place / "profiles/tiny.yaml", ["rollout.questions=null"])
-    rows = [json.loads(line) for line in (ROOT / "data/gsm8k/train.jsonl").read_text().splitlines()]
-    with (place / "data/gsm8k/train.jsonl").open("w") as out:
-        for number in range(questions):
-            out.write(json.dumps({**rows[number % len(rows)], "id": f"train-{number:07d}"}) + "\n")
+    (place / "checkpoints").symlink_to(ROOT / "checkpoints")
+    rows, output = list(read_jsonl(ROOT / TRAIN)), place / ROLLOUTS
+    write_jsonl(
+        place / TRAIN,
+        ({**rows[number % len(rows)], "id": f"train-{number:07d}"} for number in range(questions)),
+    )
     seconds, _, memory = start(place, stop=0)
-    output = place / "data/rollouts.jsonl"
-    size = output.stat().st_size
-    whole = output.read_bytes() if questions <= 10_000 else b""
+    size, whole = output.stat().st_size, sha256_file(output)
     output.unlink()
     start(place, stop=questions * 8 * 9 // 10)
     _, restart, _ = start(place, stop=0)
-    if whole and output.read_bytes() != whole:
+    if sha256_file(output) != whole:
         raise SystemExit("a resumed run gave other bytes")
     shutil.rmtree(place)
-    rate = questions * 8 / seconds
+    rate = f"{questions * 8 / seconds:,.0f}"
     return [
         f"{questions:,}",
         f"{seconds:,.0f} s",
-        f"{rate:,.0f}",
+        rate,
         f"{memory} MiB",
         f"{size / 2**20:,.0f} MiB",
         f"{restart:.1f} s",
@@ -117,20 +113,20 @@ def measure(questions: int, folder: Path) -> list[str]:
 
 def main() -> None:
     """Measure every size and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--questions", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--stage", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", action="store_true", help="(internal: be the process that is measured)")
     options = parser.parse_args()
     if options.stage:
-        return run_stage()
-    print("| questions | whole run | trajectories/s | peak memory | output | restart after nine tenths |")
-    print("|---|---|---|---|---|---|")
+        run_stage()
+        return
+    rows = []
     with tempfile.TemporaryDirectory(prefix="large-") as folder:
         for questions in options.questions:
-            print("| " + " | ".join(measure(questions, Path(folder))) + " |", flush=True)
-    return None
+            rows.append(measure(questions, Path(folder) / str(questions)))
+            note(" | ".join(rows[-1]))
+    head = "questions|whole run|trajectories/s|peak memory|output|restart after nine tenths"
+    print_table(head.split("|"), rows)
 
 
 if __name__ == "__main__":

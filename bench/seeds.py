@@ -9,39 +9,32 @@ Markdown table, the one in docs/tiny.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from workplace import call, change, copy_project
+from common import call, change, copy_project, new_parser, note, print_table
 
 STEPS = (("base_to_sft", "base→SFT"), ("sft_to_dpo", "SFT→DPO"))
 
 
 def main() -> None:
     """Run the pipeline for every seed asked for and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument(
-        "--set", dest="changes", nargs="*", default=[], metavar="KEY=VALUE", help="profile values"
+        "--set", dest="changes", nargs="*", default=[], metavar="KEY=VALUE", help="of the profile"
     )
     parser.add_argument("--keep", type=Path, help="keep the copies in this folder")
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="seeds-"))
-    lines = []
+    rows = []
     for seed in options.seeds:
-        comparison = run(seed, options.changes, folder / f"seed-{seed}")
-        lines.append(row(seed, comparison))
-        print(lines[-1], file=sys.stderr)
-    print("| seed | base | SFT | DPO | " + " | ".join(f"{name}: greedy, mean@8" for _, name in STEPS) + " |")
-    print("|---|---|---|---|---|---|")
-    print("\n".join(lines))
+        rows.append(row(seed, run(seed, options.changes, folder / f"seed-{seed}")))
+        note(" | ".join(rows[-1]))
+    print_table(["seed", "base", "SFT", "DPO", *(f"{name}: greedy, mean@8" for _, name in STEPS)], rows)
     if not options.keep:
         shutil.rmtree(folder)
 
@@ -55,8 +48,8 @@ def run(seed: int, changes: list[str], place: Path) -> dict[str, Any]:
     return json.loads((place / "metrics/comparison.json").read_text())
 
 
-def row(seed: int, comparison: dict[str, Any]) -> str:
-    """One line of the table: greedy / mean@8 of the policies, then each step's differences with their p."""
+def row(seed: int, comparison: dict[str, Any]) -> list[str]:
+    """One row of the table: greedy / mean@8 of the policies, then each step's differences with their p."""
     first, second = (comparison[name] for name, _ in STEPS)
     cells = [
         f"{part['accuracy_' + side]:.1%} / {part['mean_' + side]:.1%}"
@@ -65,7 +58,7 @@ def row(seed: int, comparison: dict[str, Any]) -> str:
     for part in (first, second):
         greedy = f"{100 * part['difference']:+.1f} (p {part['p']:.1g})"
         cells.append(f"{greedy}, {100 * part['mean_difference']:+.1f} (p {part['mean_p']:.1g})")
-    return f"| {seed} | " + " | ".join(cells) + " |"
+    return [str(seed), *cells]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ out, and adds them as one more run.
 
 from __future__ import annotations
 
-import argparse
 import math
 import subprocess
 import sys
@@ -24,12 +23,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from common import MODELS, ROOT, example_solutions, groups_of_four, make_workplace, note, print_table
+from common import (
+    MODELS,
+    ROOT,
+    example_solutions,
+    groups_of_four,
+    make_workplace,
+    new_parser,
+    note,
+    print_table,
+)
 
-sys.path.insert(0, str(ROOT))
-from stages.core.errors import UserError
-from stages.core.records import atomic_write, read_json, read_jsonl, write_jsonl
-from stages.core.svg import ticks
+from stages.page.svg import ticks
+from stages.run.errors import UserError
+from stages.run.files import atomic_write, read_json, read_jsonl, write_jsonl
+from stages.run.paths import PREFERENCE_METRICS, REGIME_W_METRICS
 
 MEASURES = ("s_end", "s_path", "s_cf", "s_wm", "length", "mean_logprob")
 NAMES = {"mean_logprob": "log-prob."}
@@ -60,25 +68,20 @@ Ranks = dict[
 
 def main() -> None:
     """Read the runs, say what the signals are worth, draw the figure, print the table last."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
-        "--run", action="append", default=[], metavar="NAME=FILE", help="a metrics/regime_w.json"
+        "--run", action="append", default=[], metavar="NAME=FILE", help=f"a {REGIME_W_METRICS}"
     )
     parser.add_argument("--groups", type=Path, help="example_model_solutions.jsonl of grade-school-math")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "signals.svg")
     options = parser.parse_args()
-    named = options.run or ([] if options.groups else [f"tiny={ROOT / 'metrics' / 'regime_w.json'}"])
     runs: dict[str, Ranks] = {}
-    for one in named:
-        name, equals, file = one.partition("=")
-        if not equals or not Path(file).is_file():
-            raise SystemExit(f"--run {one}: NAME=FILE is wanted, with FILE a metrics/regime_w.json")
-        try:
+    try:
+        for one in options.run or ([] if options.groups else [f"tiny={ROOT / REGIME_W_METRICS}"]):
+            name, _, file = one.partition("=")
             runs[name] = ranks(read_json(Path(file)), file)
-        except UserError as error:
-            raise SystemExit(str(error)) from None
+    except UserError as error:
+        raise SystemExit(f"--run NAME=FILE: {error}") from None
     if options.groups:
         with tempfile.TemporaryDirectory(prefix="bench-signals-") as folder:
             facts, metrics = run_groups(options.groups, Path(folder) / "run")
@@ -92,40 +95,27 @@ def main() -> None:
         svg.write(figure(runs))
     note(f"{options.figure} drawn")
     print()
-    head = ["run", "measure", *QUESTIONS]
-    print_table(
-        head,
-        [
-            [name, NAMES.get(measure, measure), *(cell(found[asked].get(measure)) for asked in QUESTIONS)]
-            for name, found in runs.items()
-            for measure in MEASURES
-            if any(found[asked].get(measure) for asked in QUESTIONS)
-        ],
-    )
+    rows = []
+    for name, found in runs.items():
+        for measure in MEASURES:
+            cells = [cell(found[asked][measure]) for asked in QUESTIONS]
+            if any(found[asked][measure] for asked in QUESTIONS):
+                rows.append([name, NAMES.get(measure, measure), *cells])
+    print_table(["run", "measure", *QUESTIONS], rows)
 
 
 def ranks(metrics: Mapping[str, Any], source: str) -> Ranks:
     """The AUCs of one metrics/regime_w.json."""
+    found: Ranks = {asked: {} for asked in QUESTIONS}
     try:
         over_wrong, over_lucky = metrics["correct_over_wrong"], metrics["sound_over_lucky"]
-        asked = (
-            {name: over_wrong[name]["overall"] for name in over_wrong},
-            {name: over_wrong[name]["within"] for name in over_wrong},
-            over_lucky,
-        )
-        found = [{name: auc(values.get(name)) for name in MEASURES} for values in asked]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{source}: is no metrics/regime_w.json ({error!r})") from None
-    return dict(zip(QUESTIONS, found, strict=True))
-
-
-def auc(value: Any) -> Auc | None:
-    """`{auc, low, high}`, or a number without an interval."""
-    if isinstance(value, Mapping):
-        if value["auc"] is None:
-            return None
-        return Auc(value["auc"], value.get("low"), value.get("high"), value.get("questions"))
-    return None if value is None else Auc(float(value), None, None)
+        for name in MEASURES:
+            values = (over_wrong[name]["overall"], over_wrong[name]["within"], over_lucky[name])
+            for asked, value in zip(QUESTIONS, values, strict=True):
+                found[asked][name] = None if value["auc"] is None else Auc(**value)
+    except (KeyError, TypeError) as error:
+        raise SystemExit(f"{source}: is no {REGIME_W_METRICS} ({error!r})") from None
+    return found
 
 
 def cell(value: Auc | None) -> str:
@@ -143,20 +133,18 @@ def verdicts(runs: Mapping[str, Ranks]) -> list[str]:
     """
     lines = []
     for name, found in runs.items():
-        for asked in QUESTIONS:
-            bar = found[asked].get(BASELINE)
+        for asked, measured in found.items():
+            bar = measured[BASELINE]
             if bar is None:
                 lines.append(f"{name}, {asked}: nothing to compare")
                 continue
             groups: dict[str, list[str]] = {}
-            for measure in MEASURES:
-                one = found[asked].get(measure)
-                if one is None or measure == BASELINE:
-                    continue
-                groups.setdefault(against(one, bar.strength), []).append(NAMES.get(measure, measure))
-            said = "; ".join(f"{words}: {', '.join(measures)}" for words, measures in groups.items())
+            for measure, one in measured.items():
+                if one is not None and measure != BASELINE:
+                    groups.setdefault(against(one, bar.strength), []).append(NAMES.get(measure, measure))
+            words = "; ".join(f"{word}: {', '.join(measures)}" for word, measures in groups.items())
             size = f"{bar.questions:,} questions, " if bar.questions else ""
-            lines.append(f"{name}, {asked} ({size}length {bar.strength:.3f}): {said}")
+            lines.append(f"{name}, {asked} ({size}length {bar.strength:.3f}): {words}")
     return lines
 
 
@@ -185,8 +173,8 @@ def run_groups(source: Path, place: Path) -> tuple[dict[str, str], dict[str, Any
         row["arm"] for row, verdict in zip(rows, published, strict=True) if row["correct"] == verdict
     )
     made = list(read_jsonl(pairs))
-    metrics = read_json(place / "metrics/regime_w.json")
-    summary = read_json(place / "metrics/preference.json")
+    metrics = read_json(place / REGIME_W_METRICS)
+    summary = read_json(place / PREFERENCE_METRICS)
     not_shorter = summary["coherence"]["chosen_not_shorter"]
     facts = {
         "equations": f"{metrics['equations']['read']:,} read, {metrics['equations']['skipped']:,} skipped",
@@ -246,18 +234,10 @@ def figure(runs: Mapping[str, Ranks]) -> str:
     """A panel per question asked: point and interval per measure and run, and the line of a coin at 0.5."""
     if len(runs) > len(SHAPES):
         raise SystemExit(f"the figure has room for {len(SHAPES)} runs, {len(runs)} were given")
-    shown = [
-        m for m in MEASURES if any(found[asked].get(m) for found in runs.values() for asked in QUESTIONS)
-    ]
-    values = [
-        v
-        for found in runs.values()
-        for asked in QUESTIONS
-        for one in found[asked].values()
-        if one
-        for v in (one.auc, one.low, one.high)
-        if v is not None
-    ]
+    everything = [found[asked] for found in runs.values() for asked in QUESTIONS]
+    shown = [measure for measure in MEASURES if any(measured[measure] for measured in everything)]
+    known = [one for measured in everything for one in measured.values() if one]
+    values = [v for one in known for v in (one.auc, one.low, one.high) if v is not None]
     low = math.floor(10 * min(0.45, *values)) / 10
     step = ROW + RUN * (len(runs) - 1)
     bottom = TOP + step * len(shown)
