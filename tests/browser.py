@@ -1,4 +1,4 @@
-"""Headless Chromium for tests, by its DevTools protocol over a pair of pipes: no port, no further package.
+"""Drives headless Chromium in tests, by its DevTools protocol over a pair of pipes: no port, no further package.
 
 with Browser(folder) as browser:
     page = browser.open("file:///...", width=390, dark=True)
@@ -7,7 +7,6 @@ with Browser(folder) as browser:
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import json
@@ -34,7 +33,7 @@ class Browser:
         self._last = 0
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        # Chromium wants them as 3 and 4; from 10 on, neither is in the other's way.
+        # Chromium wants them as 3 and 4. Moved to 10 and above, neither can be in the other's way.
         moved = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$0" "$@" 3<&{moved[0]} 4>&{moved[1]}', CHROMIUM,
@@ -60,20 +59,19 @@ class Browser:
         os.close(self._in)
         os.close(self._out)
 
-    def open(self, address: str, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
+    def open(self, address: str, width: int = 1280, dark: bool = False) -> Page:
         """A new tab with the page loaded in it; what it asks for and what it complains of is recorded."""
         target = self.send("Target.createTarget", {"url": "about:blank"})["targetId"]
         session = self.send("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         page = Page(self, session)
         for domain in ("Page", "Network", "Runtime", "Log"):
             page.send(f"{domain}.enable")
-        page.resize(width, height)
-        page.send(
-            "Emulation.setEmulatedMedia",
-            {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]},
-        )
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        page.send("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        page.send("Emulation.setEmulatedMedia", {"features": [scheme]})
         page.send("Page.navigate", {"url": address})
-        page.wait_event("Page.loadEventFired")
+        self.wait(session, "Page.loadEventFired")
         return page
 
     def send(self, method: str, params: Mapping[str, Any] | None = None, session: str = "") -> dict[str, Any]:
@@ -122,9 +120,6 @@ class Page:
     def send(self, method: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self._browser.send(method, params, self._session)
 
-    def wait_event(self, method: str) -> None:
-        self._browser.wait(self._session, method)
-
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression (awaited when a promise); AssertionError when it throws."""
         answer = self.send(
@@ -133,29 +128,15 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def resize(self, width: int, height: int) -> None:
-        self.send(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
-        )
-
     def type(self, text: str) -> None:
         """Type into whatever has the focus."""
         self.send("Input.insertText", {"text": text})
 
-    def press(self, key: str, code: int, text: str = "", shift: bool = False) -> None:
+    def press(self, key: str, code: int, text: str = "") -> None:
         """One key down and up, e.g. ("Tab", 9) or ("Enter", 13, "\\r")."""
-        for kind in ("keyDown", "keyUp"):
-            self.send(
-                "Input.dispatchKeyEvent",
-                {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
-                | ({"text": text} if text and kind == "keyDown" else {}),
-            )
-
-    def screenshot(self, path: Path, whole: bool = False) -> None:
-        """A PNG of the window, or of the whole page."""
-        answer = self.send("Page.captureScreenshot", {"captureBeyondViewport": whole, "format": "png"})
-        path.write_bytes(base64.b64decode(answer["data"]))
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        for kind, more in (("keyDown", {"text": text} if text else {}), ("keyUp", {})):
+            self.send("Input.dispatchKeyEvent", {"type": kind, **event, **more})
 
     def requests(self) -> list[str]:
         """Addresses the page asked for, its own among them."""

@@ -1,4 +1,4 @@
-"""What many tests share."""
+"""Options and helpers for all tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import resource
 from collections.abc import Callable
 
 import pytest
+
+# The models of the tests are tiny. More threads would only wait for each other, for minutes on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,8 +29,8 @@ def kills(request: pytest.FixtureRequest) -> int:
 def ends_soon() -> Callable[[Callable[[], object]], bool]:
     """Whether a call ends within 30 seconds of processor time, however busy the machine is.
 
-    For texts on which linear code takes well under a second and quadratic code takes minutes: a bound on the
-    order of growth, not on speed (bench/ measures that).
+    The tests call it on texts for which linear code takes well under a second and quadratic code takes minutes. It
+    bounds the order of growth, not the speed (bench/ measures that).
     """
 
     def ends(work: Callable[[], object]) -> bool:

@@ -1,4 +1,4 @@
-"""Small random models in the files in which Abel-7B-002 and DeepSeek-R1-Distill-Llama-8B lie on the hub."""
+"""Small random models in the same files as Abel-7B-002 and DeepSeek-R1-Distill-Llama-8B on the hub."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def problems() -> list[dict[str, str]]:
 
 
 def corpus(styles: dict[str, str]) -> list[str]:
-    """Words the tokenizer is made from: the prompts and the problems."""
+    """The texts from which the tokenizer is trained: the prompts and the problems."""
     return [*styles.values(), *(f"{row['question']} {row['answer']}" for row in problems())]
 
 
@@ -48,14 +48,14 @@ def corpus(styles: dict[str, str]) -> list[str]:
 
 
 def abel_files(folder: Path, styles: dict[str, str]) -> None:
-    """Abel-7B-002 as on the hub: three fp32 pickle shards with an index, and a Llama-2 style tokenizer."""
+    """The files of Abel-7B-002: three fp32 pickle shards with an index, and a Llama-2 style tokenizer."""
     tokenizer = llama2_tokenizer(corpus(styles))
     tokenizer.save(str(folder / "tokenizer.json"))
     added = {f"<extra_{n}>": tokenizer.get_vocab_size() - 32 + n for n in range(32)}
     write(folder / "added_tokens.json", added)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write(folder / "special_tokens_map.json", special)
-    # Its pad token is its end token: padding would be learned as an end, or the end not at all.
+    # Its pad token is its end token, so that training could not tell padding from an end.
     wanted = {"tokenizer_class": "LlamaTokenizer", "model_max_length": 2048, "pad_token": "</s>"}
     write(folder / "tokenizer_config.json", {**special, **wanted})
     # The embeddings have more rows than there are tokens.
@@ -132,7 +132,7 @@ R1_TEMPLATE = (
 
 
 def r1_files(folder: Path, styles: dict[str, str]) -> None:
-    """DeepSeek-R1-Distill-Llama-8B as on the hub: two bf16 safetensors shards, its tokenizer and template."""
+    """The files of DeepSeek-R1-Distill-Llama-8B: two bf16 safetensors shards, its tokenizer and template."""
     tokenizer = llama3_tokenizer(corpus(styles))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {

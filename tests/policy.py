@@ -1,4 +1,4 @@
-"""A small random policy, as folders and in memory, and requests to put to it: for the tests of engines."""
+"""A small random policy, in memory and as folders, and requests for it. The tests of engines use them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
-from stages.core.params import BuiltModel, load_params
-from stages.core.policy import adapter_config, adapter_weights, save_adapter
-from stages.engine.base import Completion, Engine, Request, request_seed
+from stages.policy.adapter import adapter_config, adapter_weights, save_adapter
+from stages.policy.request import Completion, Engine, Request, request_seed
+from stages.run.params import BuiltModel, load_params
 from stages.tiny.model import build_tokenizer
 
 SMALL = Path(__file__).resolve().parent / "small"

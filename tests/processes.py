@@ -1,4 +1,4 @@
-"""What other processes are doing, as Linux shows it under /proc: tests of kills choose their moment by it."""
+"""Looks at other processes under /proc, so that tests of kills can choose the moment."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def owner_of(path: Path) -> int | None:
 
 
 def children(pid: int) -> list[int]:
-    """The direct children of a process; none when it has ended."""
+    """The direct children of a process (none once it has ended)."""
     with contextlib.suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def arguments(pid: int) -> list[str]:
-    """A process's command line; one empty word when it has ended."""
+    """A process's command line (one empty word once it has ended)."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     return [""]

@@ -15,7 +15,6 @@ from stages.engine.ray_engine import _say
     [
         ("grade", ["question", "id"]),
         ("ask", ["the evaluation's"]),
-        ("explain", ["data/coherence_preferences.jsonl"]),
         ("suspects", ["regime_w.suspect_from"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""prepare: bad rows are named, ids stay, doubled and leaked questions are found and counted."""
+"""prepare: its sources, its splits, and what it says of a bad row. The cleaning itself: tests/text/test_rows.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from stages import prepare
-from stages.core.errors import UserError
-from stages.core.params import FilesData, GeneratedData, HubData, HubDataset
-from stages.core.records import read_json, read_jsonl
-from stages.prepare import Cleaner, Overlap, choose, grams, make_splits, normalise
+from stages.prepare import make_splits, pick_validation
+from stages.run.errors import UserError
+from stages.run.files import read_json, read_jsonl
+from stages.run.params import FilesData, GeneratedData, HubData, HubDataset
+from stages.text.rows import Cleaner, Overlap
 
 REPO = Path(__file__).resolve().parents[1]
 SMALL = REPO / "tests" / "small"
@@ -69,7 +70,7 @@ def set_data(workplace: Path, text: str) -> None:
 
 
 def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None:
-    """Record format and key order of DESIGN.md; the same run gives the same bytes, leftovers are removed."""
+    """The fields are as documented, the same run gives the same bytes, and leftovers are removed."""
     prepare.main()
     folder = workplace / "data" / "gsm8k"
     rows = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "valid", "platinum")}
@@ -100,10 +101,8 @@ def test_stage_from_files(workplace: Path) -> None:
     valid = list(read_jsonl(workplace / "data" / "gsm8k" / "valid.jsonl"))
     ids = [row["id"] for row in train + valid]
     assert sorted(ids) == [f"train-{n:05d}" for n in range(10)] and len(valid) == 2
-    assert list(read_json(workplace / "data" / "gsm8k" / "manifest.json")["inputs"]) == [
-        "my.jsonl",
-        "held.jsonl",
-    ]
+    manifest = read_json(workplace / "data" / "gsm8k" / "manifest.json")
+    assert list(manifest["inputs"]) == ["my.jsonl", "held.jsonl"]
 
 
 def test_bad_file_leaves_the_old_output(workplace: Path) -> None:
@@ -114,15 +113,11 @@ def test_bad_file_leaves_the_old_output(workplace: Path) -> None:
     set_data(workplace, "  source: files\n  train: my.jsonl\n  platinum: my.jsonl\n  valid: 2\n")
     with pytest.raises(UserError, match=r"my\.jsonl:11: field 'answer' must end in"):
         prepare.main()
-    assert (workplace / "data" / "gsm8k" / "train.jsonl").read_bytes() == before
-    assert [path.name for path in (workplace / "data").iterdir()] == ["gsm8k"]
-
-
-def test_missing_file(workplace: Path) -> None:
-    """The path as given, before any work."""
-    set_data(workplace, "  source: files\n  train: no.jsonl\n  platinum: no.jsonl\n  valid: 2\n")
+    set_data(workplace, "  source: files\n  train: no.jsonl\n  platinum: my.jsonl\n  valid: 2\n")
     with pytest.raises(UserError, match=r"^no\.jsonl: there is no such file; data\.train"):
         prepare.main()
+    assert (workplace / "data" / "gsm8k" / "train.jsonl").read_bytes() == before
+    assert [path.name for path in (workplace / "data").iterdir()] == ["gsm8k"]
 
 
 def test_starts_without_heavy_libraries() -> None:
@@ -143,15 +138,7 @@ def test_starts_without_heavy_libraries() -> None:
         ('["Why?"]', "a JSON object is wanted"),
         ('{"question": "Why?"}', "field 'answer' is missing; fields found: 'question'"),
         ('{"question": 5, "answer": "#### 1"}', "field 'question' must be str, found int"),
-        ('{"question": " ", "answer": "#### 1"}', "field 'question' is empty"),
-        ('{"question": "Why?", "answer": ""}', "field 'answer' is empty"),
         ('{"question": "Why?", "answer": "It is 3."}', "field 'answer' must end in '#### ' and a number"),
-        (
-            '{"question": "Why?", "answer": "3\\n#### three"}',
-            "field 'answer' must end in '#### ' and a number",
-        ),
-        ('{"question": "Why?", "answer": "3\\n#### "}', "field 'answer' must end in '#### ' and a number"),
-        ('{"question": "Why \\ud83d?", "answer": "#### 1"}', "field 'question' holds half a character"),
     ],
 )
 def test_bad_row_is_named(tmp_path: Path, row: str, words: str) -> None:
@@ -164,26 +151,11 @@ def test_bad_row_is_named(tmp_path: Path, row: str, words: str) -> None:
     assert f"train.jsonl:4: {words}" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("gold", "wanted"), [("$1,000.00", "1000"), (" -3", "-3"), ("0.50", "0.5"), ("1/2", "0.5")]
-)
-def test_gold_is_canonical(tmp_path: Path, gold: str, wanted: str) -> None:
-    """One way to write a number, the one all stages compare."""
-    train = [*rows_of(3), {"question": "Why?", "answer": f"So.\n####{gold}"}]
-    splits, _ = make_splits(files(tmp_path, train, rows_of(1, first=50), valid=1), 1)
-    rows = {row["id"]: row for row in splits["train"] + splits["valid"]}
-    assert rows["train-00003"]["gold"] == wanted
-
-
-@pytest.mark.parametrize("valid", [4, 5])
-def test_too_few_rows(tmp_path: Path, valid: int) -> None:
-    """Validation may not take all of train."""
-    with pytest.raises(UserError, match=r"data: 4 training .* data\.valid takes"):
-        make_splits(files(tmp_path, rows_of(4), rows_of(1, first=50), valid), 1)
-
-
-def test_no_platinum_rows(tmp_path: Path) -> None:
-    """An empty held-out file is a mistake."""
+def test_too_few_rows(tmp_path: Path) -> None:
+    """Validation may not take all of train, and an empty held-out file is a mistake."""
+    for valid in (4, 5):
+        with pytest.raises(UserError, match=r"data: 4 training .* data\.valid takes"):
+            make_splits(files(tmp_path, rows_of(4), rows_of(1, first=50), valid), 1)
     with pytest.raises(UserError, match="and 0 Platinum rows"):
         make_splits(files(tmp_path, rows_of(4), []), 1)
 
@@ -201,49 +173,15 @@ def test_ids_stay_when_other_rows_go(tmp_path: Path) -> None:
     assert counts["duplicates_train"] == 1 and counts["read_train"] == 5 and counts["conflicting_golds"] == 0
 
 
-def test_duplicates_are_found_after_normalisation_and_the_first_kept(tmp_path: Path) -> None:
-    """Case, punctuation, white space and full-width forms make no other question; another gold is counted."""
-    rows = rows_of(5)
-    again = {"question": "  ANN has １ apples -- and eats one!\nHow many are left", "answer": "#### 7"}
-    splits, counts = make_splits(files(tmp_path, [*rows, again], [*rows_of(2, first=50)] * 2, 1), 1)
-    assert len(splits["train"]) == 4 and len(splits["platinum"]) == 2
-    assert counts["duplicates_train"] == 1 and counts["conflicting_golds"] == 1
-    assert counts["duplicates_platinum"] == 2
-    assert "train-00000" in {row["id"] for row in splits["train"] + splits["valid"]}
-
-
 def test_validation_is_seeded_and_does_not_move() -> None:
     """Of 1,000 rows, 100 chosen: without 10 of the others, at most 10 change; another seed chooses others."""
     rows = [{"id": f"train-{n:05d}"} for n in range(1000)]
-    chosen = choose(rows, 100, seed=1)
-    assert len(chosen) == 100 and choose(reversed(rows), 100, seed=1) == chosen
+    chosen = pick_validation(rows, 100, seed=1)
+    assert len(chosen) == 100 and pick_validation(reversed(rows), 100, seed=1) == chosen
     gone = {f"train-{n:05d}" for n in range(0, 1000, 100)}
-    fewer = choose([row for row in rows if row["id"] not in gone], 100, seed=1)
+    fewer = pick_validation([row for row in rows if row["id"] not in gone], 100, seed=1)
     assert fewer >= chosen - gone and len(fewer) == 100
-    assert len(choose(rows, 100, seed=2) & chosen) < 40
-
-
-# ---- overlap with the held-out questions -------------------------------------------------------------
-
-LONG = (
-    "A train leaves the old station at noon and travels sixty miles an hour for three hours. How far is it?"
-)
-
-
-def test_exact_and_13gram_overlap_are_removed_and_counted_apart(tmp_path: Path) -> None:
-    """The same question in other clothes is exact; 13 shared words in a row are a 13-gram; 12 are neither."""
-    words = normalise(LONG).split()
-    train = [
-        *rows_of(6),
-        {"question": LONG.upper().replace(".", " ;"), "answer": "#### 1"},
-        {"question": "Once upon a time: " + " ".join(words[2:15]) + " and back?", "answer": "#### 2"},
-        {"question": "Once upon a time: " + " ".join(words[2:14]) + " and back?", "answer": "#### 3"},
-    ]
-    splits, counts = make_splits(files(tmp_path, train, [{"question": LONG, "answer": "#### 180"}]), 1)
-    assert (counts["overlap_exact"], counts["overlap_13gram"]) == (1, 1)
-    ids = {row["id"] for row in splits["train"] + splits["valid"]}
-    assert "train-00008" in ids and not ids & {"train-00006", "train-00007"}
-    assert counts["train"] + counts["valid"] == 7
+    assert len(pick_validation(rows, 100, seed=2) & chosen) < 40
 
 
 def test_platinum_is_never_thinned_by_train(tmp_path: Path) -> None:
@@ -252,18 +190,10 @@ def test_platinum_is_never_thinned_by_train(tmp_path: Path) -> None:
     assert counts["platinum"] == 10 and counts["overlap_exact"] == 10 and counts["train"] == 8
 
 
-def test_grams() -> None:
-    """Runs of 13 words; a shorter text has none."""
-    assert len(grams(normalise(LONG))) == len(normalise(LONG).split()) - 12
-    assert grams("a b c") == set()
-    assert normalise("“Ça”, x_2½!") == "ça x 21 2"
-
-
 def test_generated_splits_are_full_and_apart() -> None:
     """Generated train and valid are topped up after what was removed; nothing removable is left in them."""
-    splits, counts = make_splits(
-        GeneratedData(source="generated", train=300, valid=60, platinum=400, wrong_labels=0.1), 17
-    )
+    data = GeneratedData(source="generated", train=300, valid=60, platinum=400, wrong_labels=0.1)
+    splits, counts = make_splits(data, 17)
     assert [len(splits[name]) for name in ("train", "valid", "platinum")] == [300, 60, 400]
     held_out = Cleaner(Overlap(splits["platinum"]))
     assert len(list(held_out.clean(splits["train"] + splits["valid"]))) == 360
@@ -353,7 +283,7 @@ def test_unreachable_hub_is_one_line(workplace: Path) -> None:
         f"  platinum: {{id: madrylab/gsm8k-platinum, {source}}}\n  valid: 2\n",
     )
     code = (
-        "from stages import prepare; from stages.core.errors import UserError\n"
+        "from stages import prepare; from stages.run.errors import UserError\n"
         "try:\n    prepare.main()\nexcept UserError as error:\n    print(error)"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "hf"), "PYTHONPATH": str(REPO)}
@@ -374,40 +304,18 @@ def test_unreachable_hub_is_one_line(workplace: Path) -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real GSM8K is not beside this repository (../shared/data)")
 def test_real_gsm8k() -> None:
-    """7,473 training and 1,209 Platinum rows: no duplicates, four questions share 13 words with Platinum."""
-    data = FilesData(
-        source="files",
-        train=str(REAL / "gsm8k" / "train.jsonl"),
-        platinum=str(REAL / "gsm8k_platinum" / "test.jsonl"),
-        valid=300,
-    )
+    """No duplicates, four training questions share 13 words with Platinum, and Platinum is kept out of training."""
+    platinum = str(REAL / "gsm8k_platinum" / "test.jsonl")
+    data = FilesData(source="files", train=str(REAL / "gsm8k" / "train.jsonl"), platinum=platinum, valid=300)
     splits, counts = make_splits(data, 17)
     assert counts == {
-        "train": 7169,
-        "valid": 300,
-        "platinum": 1209,
-        "read_train": 7473,
-        "read_platinum": 1209,
-        "duplicates_train": 0,
-        "duplicates_platinum": 0,
-        "conflicting_golds": 0,
-        "overlap_exact": 0,
+        "train": 7169, "valid": 300, "platinum": 1209, "read_train": 7473, "read_platinum": 1209,
+        "duplicates_train": 0, "duplicates_platinum": 0, "conflicting_golds": 0, "overlap_exact": 0,
         "overlap_13gram": 4,
-    }
+    }  # fmt: skip
     assert splits["platinum"][0]["gold"] == "18"
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="real GSM8K is not beside this repository (../shared/data)")
-def test_real_test_set_is_kept_out_of_training() -> None:
-    """All of Platinum is in GSM8K's test set: given as training data, its 1,209 questions are removed."""
-    data = FilesData(
-        source="files",
-        train=str(REAL / "gsm8k" / "test.jsonl"),
-        platinum=str(REAL / "gsm8k_platinum" / "test.jsonl"),
-        valid=10,
-    )
+    # All of Platinum is in GSM8K's test set: given as training data, its 1,209 questions are removed.
+    data = FilesData(source="files", train=str(REAL / "gsm8k" / "test.jsonl"), platinum=platinum, valid=10)
     _, counts = make_splits(data, 17)
-    assert (
-        counts["overlap_exact"] == 1209
-        and counts["train"] + counts["valid"] == 110 - counts["overlap_13gram"]
-    )
+    assert counts["overlap_exact"] == 1209
+    assert counts["train"] + counts["valid"] == 110 - counts["overlap_13gram"]

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from stages import coherence, preference
-from stages.core.records import read_json, read_jsonl, write_jsonl
+from stages.run.files import read_json, read_jsonl, write_jsonl
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"

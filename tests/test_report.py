@@ -16,11 +16,11 @@ import pytest
 from rich.console import Console
 
 from stages import report
-from stages.core.errors import UserError
-from stages.core.records import write_json, write_jsonl
-from stages.core.stats import compare, summarise
-from stages.core.svg import interval_chart, line_chart, ticks
-from stages.core.table import print_results
+from stages.page.table import print_results
+from stages.run.errors import UserError
+from stages.run.files import write_json, write_jsonl
+from stages.stats.one import summarise
+from stages.stats.paired import compare
 from tests.browser import CHROMIUM, Browser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -33,31 +33,17 @@ def rows_of(policy: str, n: int = 60, **over: Any) -> list[dict[str, Any]]:
     for i in range(n):
         right = random.Random(i).random() < RATES[policy]
         answer = str(i if right else i + 1)
-        samples = [{"correct": rng.random() < RATES[policy]} for _ in range(4)]
         row = {
-            "id": f"platinum-{i:05d}",
+            "id": f"platinum-{i:05d}", "gold": str(i),
             "question": f"Zoë has {i} <b>apples</b> & counts them. How many?",
-            "gold": str(i),
             "completion": f"</script><img src='https://x.org/{policy}'> <<{i}+0={answer}>> #### {answer}",
-            "answer": answer,
-            "correct": right,
-            "flexible_answer": answer,
-            "flexible_correct": right,
-            "tokens": 20 + i % 5,
-            "finish": "stop",
-            "leak": False,
-            "answers_found": 1,
-            "samples": [
-                {
-                    "completion": "x",
-                    "answer": str(i if s["correct"] else i + 1),
-                    "tokens": 9,
-                    "finish": "stop",
-                    **s,
-                }
-                for s in samples
-            ],
-        }
+            "answer": answer, "correct": right, "flexible_answer": answer, "flexible_correct": right,
+            "tokens": 20 + i % 5, "finish": "stop", "leak": False, "answers_found": 1,
+        }  # fmt: skip
+        drawn = [rng.random() < RATES[policy] for _ in range(4)]
+        row["samples"] = [
+            {"completion": "x", "answer": str(i + (not good)), "correct": good} for good in drawn
+        ]
         made.append(row | over)
     return made
 
@@ -65,17 +51,13 @@ def rows_of(policy: str, n: int = 60, **over: Any) -> list[dict[str, Any]]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with this project's parameters and three evaluated policies, as working directory."""
-    shutil.copy(REPO / "params.yaml", tmp_path)
+    for name in ("params.yaml", "requirements.txt"):
+        shutil.copy(REPO / name, tmp_path)
     shutil.copytree(REPO / "profiles", tmp_path / "profiles")
     for name in RATES:
         put(tmp_path, name, rows_of(name))
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-PAIRS_OF_A_KIND = {
-    "pairs": 12, "questions": 9, "mean_margin": 0.5, "length_difference": 1.5, "chosen_not_shorter": 0.75,
-}  # fmt: skip
 
 
 def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
@@ -85,31 +67,26 @@ def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
 
 def add_everything(root: Path) -> None:
     """Curves, plots, metrics of earlier stages, manifests and a lock that agrees with them."""
+    kind = {
+        "pairs": 12, "questions": 9, "mean_margin": 0.5, "length_difference": 1.5, "chosen_not_shorter": 0.75,
+    }  # fmt: skip
+    none = {"pairs": 0, "mean_margin": None, "refused": {"same": 2}}
+    manifest = {
+        "stage": "evaluate@sft",
+        "params": {"evaluate": {"samples": 4, "system": None}},
+        "inputs": {"not/pulled": "1e" * 32},
+        "outputs": {"a": "0f" * 32},
+    }
     files = {
-        "metrics/curves/sft.csv": "step,loss,grad_norm\n1,2.5,1\n2,1.5,\n3,nan,0.5\n",
+        "metrics/curves/sft.csv": "step,loss,grad_norm\n1,2.5,1\n2,1.5,\n3,1.25,0.5\n",
         "metrics/curves/dpo.csv": "step,loss,reward_margin,logp_chosen,logp_rejected,grad_norm\n"
         "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
         "metrics/curves/dpo_selection.csv": "step,valid_accuracy\n0,0.7\n10,0.8\n",
-        "metrics/curves/base.csv": "step,loss\n1,3\n2,2\n",
-        "metrics/plots/arms.csv": "arm,pulls,reward,reward_low,reward_high\n"
-        "plain,10,1,0.9,1.1\ntutor,9,1.2,1,1.3\n",
-        "metrics/plots/accuracy_by_coherence.csv": "coherence,accuracy\n0.1,0.2\n0.9,0.95\n",
-        "metrics/plots/empty.csv": "",
-        "metrics/preference.json": json.dumps(
-            {
-                "pairs": 12,
-                "correctness": PAIRS_OF_A_KIND,
-                "coherence": {"pairs": 0, "mean_margin": None, "refused": {"same": 2}},
-            }
-        ),
-        "data/platinum_eval/sft.manifest.json": json.dumps(
-            {
-                "stage": "evaluate@sft",
-                "params": {"evaluate": {"samples": 4, "system": None}},
-                "inputs": {"not/pulled": "1e" * 32},
-                "outputs": {"a": "0f" * 32},
-            }
-        ),
+        "metrics/plots/regime_w/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
+        "plain,1,0.9,1.1,10,0.4,0.2\ntutor,1.2,1,1.3,9,0.6,0\nnew,,,,1,,\n",
+        "metrics/plots/regime_w/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
+        "metrics/preference.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
+        "data/platinum_eval/sft.manifest.json": json.dumps(manifest),
         "dvc.lock": "stages:\n  evaluate@sft:\n    params:\n      profiles/tiny.yaml:\n"
         "        evaluate:\n          samples: 4\n",
     }
@@ -174,9 +151,9 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     report.main()
     page = (workplace / "report.html").read_text()
     for words in (
-        "DPO: log-probabilities", "DPO: accuracy on the validation split", "base: loss", "arms: reward",
-        "Accuracy against coherence", "coherence › refused › same", "0f" * 32,
-        "The 1 manifests, the files they name and dvc.lock tell one story",
+        "DPO: log-probabilities", "DPO: accuracy on the validation split", "Mean reward of each arm",
+        "Accuracy against s_wm", "coherence › refused › same", "0f" * 32,
+        "The 1 manifests, the files they name and dvc.lock agree",
         "Pairs by kind", ">+1.50<", "<th scope=\"col\">pulls</th>",
     ):  # fmt: skip
         assert words in page
@@ -238,7 +215,6 @@ def test_unhealthy_generations_are_loud(workplace: Path) -> None:
             "evaluate@dpo",
             "has a manifest (data/platinum_eval/sft.manifest.json) and no entry",
         ),
-        ("stages:", "stages: [", "dvc.lock: cannot be read"),
     ],
 )
 def test_manifests_that_differ_from_the_lock_are_shown(
@@ -249,8 +225,14 @@ def test_manifests_that_differ_from_the_lock_are_shown(
     lock.write_text(lock.read_text().replace(old, new))
     report.main()
     page = (workplace / "report.html").read_text()
-    assert "Manifests, files and dvc.lock do not tell one story" in page
+    assert "Manifests, files and dvc.lock do not agree" in page
     assert words in page
+
+
+def test_a_damaged_lock_is_one_clear_line(workplace: Path) -> None:
+    (workplace / "dvc.lock").write_text("stages: [")
+    with pytest.raises(UserError, match=r"^dvc\.lock: cannot be read"):
+        report.main()
 
 
 def test_page_stays_small(workplace: Path) -> None:
@@ -305,18 +287,18 @@ def test_page_in_a_browser(workplace: Path, browser: Browser, width: int, dark: 
     comparison = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
     changed = comparison["gained"] + comparison["lost"]
 
-    def choose(field: str, value: str) -> Any:
+    def filter_by(field: str, value: str) -> Any:
         page.run(f"at({field!r}).value = {value!r}; at('filters').dispatchEvent(new Event('input'))")
         return page.run(COUNT)
 
     assert page.run(COUNT) == [min(20, changed), changed]
-    assert choose("show", "gained")[1] == comparison["gained"]
-    assert choose("show", "lost")[1] == comparison["lost"]
-    assert choose("show", "all") == [20, 60]
+    assert filter_by("show", "gained")[1] == comparison["gained"]
+    assert filter_by("show", "lost")[1] == comparison["lost"]
+    assert filter_by("show", "all") == [20, 60]
     page.run("at('more').click()")
     assert page.run(COUNT) == [40, 60]
-    assert choose("search", "zoë pears") == [0, 0]
-    assert choose("search", "zoë APPLES platinum-00017") == [1, 1]
+    assert filter_by("search", "zoë pears") == [0, 0]
+    assert filter_by("search", "zoë APPLES platinum-00017") == [1, 1]
     page.run("at('list').firstChild.open = true")
     page.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)))")
     texts = page.run("[...at('list').querySelectorAll('pre')].map(pre => pre.textContent)")
@@ -327,12 +309,12 @@ def test_page_in_a_browser(workplace: Path, browser: Browser, width: int, dark: 
     assert any("sft" in words for words in marked) and any("dpo" in words for words in marked)
     assert page.run("at('list').querySelectorAll('img').length") == 0
     assert page.run(WIDE) <= 0
-    colours = page.run(
-        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    style = "getComputedStyle(document.body)"
+    text, background = (
+        sum(map(int, re.findall(r"\d+", page.run(f"{style}.{name}"))))
+        for name in ("color", "backgroundColor")
     )
-    assert (
-        sum(map(int, re.findall(r"\d+", colours[0]))) > sum(map(int, re.findall(r"\d+", colours[1])))
-    ) == dark
+    assert (text > background) == dark
     assert set(page.requests()) <= {address, "data:,"}
     assert page.complaints() == []
 
@@ -362,38 +344,19 @@ def test_page_by_keyboard(workplace: Path, browser: Browser) -> None:
     assert page.complaints() == []
 
 
-# --- charts
-
-
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert all(3 <= x <= 7.5 for x in ticks(3, 7.5))
-
-
-@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [0.0, 0.0], [float("nan"), 3.0], [-1e-9, 1e9]])
-def test_charts_draw_whatever_comes(values: list[float]) -> None:
-    chart = line_chart("a < b", "step", [("x", list(range(len(values))), values)])
-    assert chart.startswith("<svg") and "nan" not in chart and "a &lt; b" in chart
-
-
-def test_charts_of_nothing() -> None:
-    assert line_chart("t", "x", [("a", [1], [float("nan")])]) == ""
-    assert interval_chart("t", []) == ""
-
-
 # --- the table
 
 
-def table_text(root: Path) -> str:
+def table_text() -> str:
     out = StringIO()
-    print_results(root, Console(file=out, width=80, force_terminal=False))
+    print_results(Console(file=out, width=80, force_terminal=False))
     return out.getvalue()
 
 
 def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
     put(workplace, "base", rows_of("base", finish="length"))
     report.main()
-    text = table_text(workplace)
+    text = table_text()
     assert max(map(len, text.splitlines())) <= 80
     metrics = json.loads((workplace / "metrics/platinum_details/dpo.json").read_text())
     comparison = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
@@ -410,10 +373,11 @@ def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
 def test_table_needs_only_the_metrics(workplace: Path) -> None:
     """Before the report has run, and with policies missing, the table shows what there is."""
     (workplace / "metrics/platinum_details/sft.json").unlink()
-    text = table_text(workplace)
+    text = table_text()
     assert "base" in text and "DPO" in text and "SFT" not in text
 
 
-def test_table_of_nothing(tmp_path: Path) -> None:
+def test_table_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no results yet"):
-        print_results(tmp_path)
+        print_results()

@@ -92,11 +92,12 @@ class Hub:
                         return self._refuse(401, message="Invalid credentials in Authorization header")
                     if not sent:
                         return self._refuse(401, "RepoNotFound")
-                if api := re.fullmatch(r"/api/models/(.+)/(revision|tree)/([^/]+)", path):
-                    if problem := self._problem(api[1], api[3]):
+                if api := re.fullmatch(r"/api/models/(.+)/revision/([^/]+)", path):
+                    if problem := self._problem(api[1], api[2]):
                         return self._refuse(404, problem)
-                    listing = hub._listing() if api[2] == "revision" else hub._tree()
-                    return self._send(json.dumps(listing).encode(), {"Content-Type": "application/json"})
+                    return self._send(
+                        json.dumps(hub._listing()).encode(), {"Content-Type": "application/json"}
+                    )
                 id, _, rest = path.lstrip("/").partition("/resolve/")
                 revision, _, file = rest.partition("/")
                 if problem := self._problem(id, revision):
@@ -163,15 +164,6 @@ class Hub:
             siblings.append(one)
         about = {"private": bool(self.private_token), "gated": "manual" if self.gated else False}
         return {"id": self.id, "modelId": self.id, "sha": self.revision, "siblings": siblings, **about}
-
-    def _tree(self) -> list[dict[str, Any]]:
-        entries = []
-        for one in self._listing()["siblings"]:
-            entry = {"type": "file", "path": one["rfilename"], "size": one["size"], "oid": one["blobId"]}
-            if lfs := one.get("lfs"):
-                entry["lfs"] = {**lfs, "oid": lfs["sha256"]}
-            entries.append(entry)
-        return entries
 
 
 def _sha256(data: bytes) -> str:

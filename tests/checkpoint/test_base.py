@@ -28,9 +28,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import base
-from stages.checkpoint import weights
-from stages.core.errors import UserError
-from stages.core.params import load_params
+from stages.checkpoint import skeleton, weights
+from stages.run.errors import UserError
+from stages.run.params import load_params
 from tests.checkpoint.hub_server import Hub
 from tests.model_files import abel_files, problems, r1_files
 
@@ -144,20 +144,20 @@ def original(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in SHARDS for name, tensor in torch.load(folder / file).items()}
 
 
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def assert_converted(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """`checkpoints/base` has exactly the folder's weights in the new precision, and transformers loads them."""
     base_files = Path("checkpoints/base")
-    found = {
-        name: tensor for file in base_files.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
-    wanted = original(folder)
+    found, wanted = saved(base_files), original(folder)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == dtype
         assert torch.equal(found[name], tensor.to(dtype)), name
-    assert not [
-        path for path in base_files.iterdir() if path.suffix not in (".safetensors", ".json", ".jinja")
-    ]
+    assert {path.suffix for path in base_files.iterdir()} <= {".safetensors", ".json", ".jinja"}
     model, about = AutoModelForCausalLM.from_pretrained(base_files, dtype="auto", output_loading_info=True)
     assert model.dtype == dtype
     assert not any(about.values()), about
@@ -321,11 +321,7 @@ def test_the_same_file_of_another_revision_is_not_downloaded_again(hub: Hub, abe
         ({"private_token": "hf_x"}, "", "it is private and HF_TOKEN is not set"),
         ({"private_token": "hf_x"}, TOKEN, "127.0.0.1 does not accept the token in HF_TOKEN"),
         ({"gated": True}, "", "wants its terms accepted: do so on its page on the hub, and set HF_TOKEN"),
-        (
-            {"gated": True},
-            TOKEN,
-            "wants its terms accepted: do so on its page on the hub, as the owner of HF_TOKEN",
-        ),
+        ({"gated": True}, TOKEN, "do so on its page on the hub, as the owner of HF_TOKEN"),
         ({"failing": 503}, "", "127.0.0.1 answered with status 503"),
         ({"down": True}, "", "127.0.0.1 cannot be reached (Server disconnected"),
         ({}, f"{TOKEN}\u200b", "HF_TOKEN: holds a space or another character that no token has"),
@@ -365,11 +361,11 @@ def test_the_token_of_a_file_is_not_used(hub: Hub, tmp_path: Path, monkeypatch: 
 def test_a_branch_is_refused() -> None:
     """A branch moves; only a whole commit hash names the same files next year."""
     path = Path("profiles/abel-7b.yaml")
+    text = path.read_text(encoding="utf-8")
     for name in ("main", REVISION[:12]):
-        path.write_text(path.read_text(encoding="utf-8").replace(REVISION, name), encoding="utf-8")
+        path.write_text(text.replace(REVISION, name), encoding="utf-8")
         with pytest.raises(UserError, match=r"model\.revision: .*40.*found '" + name):
             load_params()
-        path.write_text(path.read_text(encoding="utf-8").replace(name, REVISION), encoding="utf-8")
 
 
 def test_a_tag_that_looks_like_a_commit_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,9 +376,8 @@ def test_a_tag_that_looks_like_a_commit_is_refused(hub: Hub, monkeypatch: pytest
 
 def test_wrong_small_files_stop_it_before_the_weights_come(hub: Hub) -> None:
     """A config that does not fit the index is found while 29 GB are still on the hub."""
-    hub.files["config.json"] = hub.files["config.json"].replace(
-        b'"num_hidden_layers": 2', b'"num_hidden_layers": 3'
-    )
+    layers = b'"num_hidden_layers": '
+    hub.files["config.json"] = hub.files["config.json"].replace(layers + b"2", layers + b"3")
     refused("lack 9 of the model's tensors (model.layers.2.input_layernorm.weight the first)")
     assert not [name for name in hub.asked() if name.endswith(".bin")]
 
@@ -402,10 +397,8 @@ def test_a_disk_too_small_stops_it_before_the_weights_come(hub: Hub, monkeypatch
 
 def test_safetensors_are_preferred(hub: Hub, abel: Path) -> None:
     """Where a repository has both, no pickle is asked for."""
-    tensors = original(abel)
-    buffer = Path("model.safetensors")
-    save_file(tensors, buffer, metadata={"format": "pt"})
-    hub.files["model.safetensors"] = buffer.read_bytes()
+    save_file(original(abel), "model.safetensors", metadata={"format": "pt"})
+    hub.files["model.safetensors"] = Path("model.safetensors").read_bytes()
     base.main()
     assert_converted(abel)
     assert not [name for name in hub.asked() if name.endswith(".bin")]
@@ -552,38 +545,27 @@ def test_pieces_are_small_and_divide_all() -> None:
         patch.setattr(weights, "PIECE_BYTES", 1000)
         pieces = weights.divide("file", shapes, shapes, torch.bfloat16)
     assert [name for piece in pieces for name in piece.names] == list(shapes)
-    assert all(piece.bytes <= 1000 for piece in pieces)
-    assert [piece.bytes for piece in pieces] == [
-        sum(2 * math.prod(shapes[name]) for name in piece.names) for piece in pieces
-    ]
+    for piece in pieces:
+        assert piece.bytes == sum(2 * math.prod(shapes[name]) for name in piece.names) <= 1000
 
 
-NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda shard: shard.pop(UP), f"lack 1 of the model's tensors ({UP} the first)"),
+        (lambda s: s.pop(UP), f"lack 1 of the model's tensors ({UP} the first)"),
+        (lambda s: s.update(v_head=torch.ones(3)), "hold 1 that the model does not have (v_head the first)"),
         (
-            lambda shard: shard.update(v_head=torch.ones(3)),
-            "hold 1 that the model does not have (v_head the first)",
-        ),
-        (
-            lambda shard: shard.update({UP: shard[UP][:, :-1].clone()}),
+            lambda s: s.update({UP: s[UP][:, :-1].clone()}),
             f"hold 1 of another shape ({UP} the first, [128, 63] instead of [128, 64])",
         ),
-        (lambda shard: shard[UP][0].fill_(math.nan), f"{UP} holds values that are not numbers"),
-        (lambda shard: shard[UP][0, 0].fill_(math.inf), f"{UP} holds values that are not numbers"),
-        (
-            lambda shard: shard.update({UP: shard[UP].to(torch.int8)}),
-            f"{UP} is int8; only plain floating-point",
-        ),
-        (lambda shard: shard.update(step=7), "step is int, not a tensor"),
-        (
-            lambda shard: shard.update({"lm_head.weight": torch.ones(3)}),
-            "holds lm_head.weight, which another file",
-        ),
+        (lambda s: s[UP][0].fill_(math.nan), f"{UP} holds values that are not numbers"),
+        (lambda s: s[UP][0, 0].fill_(math.inf), f"{UP} holds values that are not numbers"),
+        (lambda s: s.update({UP: s[UP].to(torch.int8)}), f"{UP} is int8; only plain floating-point"),
+        (lambda s: s.update(step=7), "step is int, not a tensor"),
+        (lambda s: s.update({"lm_head.weight": torch.ones(3)}), "holds lm_head.weight, which another file"),
     ],
     ids=["missing", "extra", "shape", "nan", "inf", "quantized", "no tensor", "twice"],
 )
@@ -603,19 +585,35 @@ def test_what_older_models_saved_beside_the_weights_is_left_out(abel: Path) -> N
     assert_converted(abel)
 
 
-@pytest.mark.parametrize("fill", ["cut", "empty", "pointer", "text", "list", "gone"])
-def test_damaged_files_are_named(abel: Path, fill: str) -> None:
+class Liar:
+    """A tensor of a million numbers over a memory of three."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        storage = torch.storage.TypedStorage(
+            wrap_storage=torch.ones(3).untyped_storage(), dtype=torch.float32
+        )
+        rebuild: Any = torch._utils._rebuild_tensor_v2
+        return rebuild, (storage, 0, (1_000_000,), (1,), False, OrderedDict())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:50_000]), "is damaged"),
+        (lambda shard: shard.write_bytes(b""), "is damaged"),
+        (lambda shard: shard.write_bytes(b"not found"), "is damaged"),
+        (lambda shard: shard.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull"),
+        (lambda shard: torch.save([torch.ones(3)], shard), "holds list, not tensors by name"),
+        (lambda shard: shard.unlink(), "No such file"),
+        (lambda shard: torch.save({"liar": Liar()}, shard), "is damaged or cut off ("),
+    ],
+    ids=["cut", "empty", "text", "pointer", "list", "gone", "beyond its memory"],
+)
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_damaged_files_are_named(abel: Path, damage: Callable[[Path], None], message: str) -> None:
     shard = copy(abel) / SHARDS[1]
-    if fill == "gone":
-        shard.unlink()
-    elif fill == "list":
-        torch.save([torch.ones(3)], shard)
-    else:
-        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5\n"
-        content = {"cut": shard.read_bytes()[:50_000], "empty": b"", "pointer": pointer, "text": b"not found"}
-        shard.write_bytes(content[fill])
-    messages = {"pointer": "git lfs pull", "gone": "No such file", "list": "holds list, not tensors by name"}
-    assert str(shard) in refused(messages.get(fill, "is damaged"))
+    damage(shard)
+    assert str(shard) in refused(message)
 
 
 @pytest.mark.parametrize(
@@ -640,17 +638,14 @@ def test_no_weights_at_all(abel: Path) -> None:
     refused(f"{folder}: has no weights that are read here")
 
 
-def test_tied_and_shared_tensors(tmp_path: Path) -> None:
+def test_tied_and_shared_tensors(abel: Path) -> None:
     """The output layer is the embedding: written once where the config says so, twice where it does not."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    abel_files(folder, STYLES)
+    folder = copy(abel)
     tensors = original(folder)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # one memory under two names
     for name in [*SHARDS, "pytorch_model.bin.index.json"]:
         (folder / name).unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    use_folder(folder)
     base.main()
     found = load_file("checkpoints/base/model.safetensors")
     assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
@@ -675,33 +670,13 @@ def test_r1_layout(tmp_path: Path) -> None:
     r1_files(folder, STYLES)
     use_folder(folder)
     base.main()
-    wanted, found = (
-        {name: tensor for file in place.glob("*.safetensors") for name, tensor in load_file(file).items()}
-        for place in (folder, Path("checkpoints/base"))
-    )
+    wanted, found = saved(folder), saved(Path("checkpoints/base"))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     shard = folder / "model-00002-of-000002.safetensors"
     shard.write_bytes(shard.read_bytes()[:5000])
     shutil.rmtree("checkpoints")
     assert str(shard) in refused("is damaged or cut off")
-
-
-class Liar:
-    """A tensor of a million numbers over a memory of three."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        storage = torch.storage.TypedStorage(
-            wrap_storage=torch.ones(3).untyped_storage(), dtype=torch.float32
-        )
-        rebuild: Any = torch._utils._rebuild_tensor_v2
-        return rebuild, (storage, 0, (1_000_000,), (1,), False, OrderedDict())
-
-
-@pytest.mark.filterwarnings("ignore:TypedStorage")
-def test_a_tensor_that_reaches_beyond_its_memory_is_refused(abel: Path) -> None:
-    shard = change_shard(copy(abel), lambda shard: shard.update(liar=Liar()))
-    assert str(shard) in refused("is damaged or cut off (")
 
 
 @pytest.mark.parametrize("named", ["LlamaTokenizer", "GemmaTokenizer"])
@@ -725,7 +700,7 @@ def test_a_sentencepiece_model_alone(abel: Path, named: str) -> None:
     base.main()
     tokenizer = AutoTokenizer.from_pretrained("checkpoints/base", local_files_only=True)
     original = SentencePieceProcessor(model_proto=model.getvalue())
-    for text in [*texts, *base.TOKENIZED]:
+    for text in [*texts, *skeleton.TOKENIZED]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # as the stages call it
         assert ids == original.encode(text)
         assert tokenizer.decode(ids) == text

@@ -1,7 +1,7 @@
 """What every text generation engine promises, on a small random model of Mistral's architecture.
 
-The tests that take `make` run against each engine this machine has. What only some engines promise is told by
-`pytest.mark.parametrize` at the test, and in docs/gpus.md.
+The tests that take `make` run against each engine this machine has. The other tests are about what only the
+transformers engine promises (docs/gpus.md).
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ from typing import Any
 import pytest
 import torch
 
-from stages.core.errors import UserError
-from stages.engine.base import Engine, Request, request_seed
-from stages.engine.continuous_engine import ContinuousEngine
 from stages.engine.transformers_engine import LEAVE_SHARE, TransformersEngine
 from stages.engine.vllm_engine import VllmEngine
+from stages.policy.request import Engine, Request, request_seed
+from stages.run.errors import UserError
 from tests.policy import END, NEEDS_VLLM, PAD, VOCABULARY, complete, mixed_requests, prompts
 
-ENGINES = [
-    "transformers",
-    "continuous",
-    pytest.param("vllm", marks=NEEDS_VLLM),
-]
+ENGINES = ["transformers", pytest.param("vllm", marks=NEEDS_VLLM)]
 Make = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def make(request: pytest.FixtureRequest, model: Any, policy_folder: Path) -> Make:
     """Makes an engine of each kind that computes `batch` rows at once and stops at `ends`."""
-    if request.param != "vllm":
-        return lambda batch=16, ends=END: in_memory(request.param, model, batch, ends)
+    if request.param == "transformers":
+        return lambda batch=16, ends=END: in_memory(model, batch, ends)
     engine = VllmEngine(policy_folder / "adapter", policy_folder / "base")
 
     def again(batch: int = 16, ends: Sequence[int] = END) -> Engine:
@@ -43,15 +38,8 @@ def make(request: pytest.FixtureRequest, model: Any, policy_folder: Path) -> Mak
     return again
 
 
-def in_memory(kind: str, model: Any, batch: int = 16, ends: Sequence[int] = END) -> Engine:
-    if kind == "transformers":
-        return TransformersEngine(model, ends, PAD, batch)
-    engine = ContinuousEngine(model, ends, PAD)
-    engine.rows = batch
-    return engine
-
-
-IN_MEMORY = pytest.mark.parametrize("kind", ["transformers", "continuous"])
+def in_memory(model: Any, batch: int = 16, ends: Sequence[int] = END) -> Engine:
+    return TransformersEngine(model, ends, PAD, batch)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -73,27 +61,23 @@ def test_greedy_is_what_transformers_generates(model: Any, make: Make, batch: in
 
 
 def test_the_adapter_is_applied(model: Any, make: Make) -> None:
-    """What comes out is not what the base alone would say."""
+    """Most answers differ from those of the base model alone."""
     requests = [Request(str(i), prompt, 25) for i, prompt in enumerate(prompts(30))]
     found = complete(make(), requests)
     with model.disable_adapter():
-        alone = complete(in_memory("transformers", model), requests)
+        alone = complete(in_memory(model), requests)
     assert sum(found[key].tokens != one.tokens for key, one in alone.items()) > len(requests) / 2
 
 
-@IN_MEMORY
-def test_a_request_does_not_depend_on_its_neighbours(model: Any, kind: str) -> None:
-    """Order, batch size, company and engine change no token: every request has its own seed.
-
-    vLLM draws from streams of its own, and its sums are rounded by what is computed together.
-    """
+def test_a_request_does_not_depend_on_its_neighbours(model: Any) -> None:
+    """Order, batch size and neighbours change no token, because every request has its own seed."""
     requests = mixed_requests()
-    wanted = complete(in_memory("transformers", model), requests)
+    wanted = complete(in_memory(model), requests)
     shuffled = random.Random(2).sample(requests, len(requests))
     for other in (
-        complete(in_memory(kind, model), shuffled),
-        complete(in_memory(kind, model, batch=1), requests),
-        complete(in_memory(kind, model, batch=23), shuffled),
+        complete(in_memory(model), shuffled),
+        complete(in_memory(model, batch=1), requests),
+        complete(in_memory(model, batch=23), shuffled),
     ):
         assert other.keys() == wanted.keys()
         for identity, one in wanted.items():
@@ -102,34 +86,18 @@ def test_a_request_does_not_depend_on_its_neighbours(model: Any, kind: str) -> N
             assert other[identity].logprob == pytest.approx(one.logprob, abs=1e-3)
 
 
-def test_the_same_requests_give_the_same_bits(model: Any) -> None:
-    """Of the engine of the CPU: it plans its batches from the whole list of requests."""
-    engine = in_memory("transformers", model)
-    assert complete(engine, mixed_requests()) == complete(engine, mixed_requests())
-
-
-@IN_MEMORY
 @pytest.mark.parametrize("seed", range(4))
-def test_a_resumed_run_gives_the_same(model: Any, kind: str, seed: int) -> None:
-    """Whatever was done before the interruption, the rest comes out as if there had been none.
-
-    To the last bit on the engine of the CPU; equal tokens, and sums to rounding, in continuous batching.
-    """
+def test_a_resumed_run_gives_the_same_bits(model: Any, seed: int) -> None:
+    """Whatever was done before the interruption, the rest comes out as if there had been none."""
     requests = mixed_requests()
-    engine = in_memory(kind, model)
+    engine = in_memory(model)
     whole = complete(engine, requests)
+    assert complete(engine, requests) == whole
     done = frozenset(
         random.Random(seed).sample(sorted(whole), random.Random(seed).randint(1, len(whole) - 1))
     )
     rest = complete(engine, requests, done)
-    wanted = {identity: one for identity, one in whole.items() if identity not in done}
-    if kind == "transformers":
-        assert rest == wanted
-    else:
-        assert rest.keys() == wanted.keys()
-        for identity, one in rest.items():
-            assert (one.tokens, one.finish) == (wanted[identity].tokens, wanted[identity].finish)
-            assert one.logprob == pytest.approx(wanted[identity].logprob, abs=1e-3)
+    assert rest == {identity: one for identity, one in whole.items() if identity not in done}
 
 
 def test_nothing_is_computed_when_all_is_done(make: Make) -> None:
@@ -139,7 +107,7 @@ def test_nothing_is_computed_when_all_is_done(make: Make) -> None:
 
 
 def test_completions_come_as_they_finish(make: Make) -> None:
-    """A short one is not kept back for a long one, and whoever has heard enough may leave."""
+    """A short completion does not wait for a long one, and the caller may stop early."""
     first, second = prompts(2)
     engine = make(ends=[])
     running = engine.generate([Request("long", first, 40), Request("short", second, 2)])
@@ -149,7 +117,7 @@ def test_completions_come_as_they_finish(make: Make) -> None:
 
 
 def test_each_request_has_its_own_temperature_top_p_and_seed(make: Make) -> None:
-    """In one batch: cold and narrow draws are greedy, seeds matter, and equal seeds agree."""
+    """In one batch, cold and narrow draws equal greedy ones, and only equal seeds agree."""
     prompt = prompts(1)[0]
     limit = 20
     got = complete(
@@ -172,7 +140,7 @@ def test_each_request_has_its_own_temperature_top_p_and_seed(make: Make) -> None
 def test_drawn_tokens_follow_the_models_distribution(
     model: Any, make: Make, temperature: float, top_p: float
 ) -> None:
-    """4,000 first tokens against the softmax; outside of the nucleus not one is drawn."""
+    """4,000 first tokens against the softmax; none comes from outside the nucleus."""
     prompt, draws = prompts(1, seed=8)[0], 4000
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1]
@@ -210,7 +178,7 @@ def test_logprob_is_that_of_a_fresh_forward_pass(model: Any, make: Make) -> None
 
 
 def test_every_request_keeps_to_its_own_limit(make: Make) -> None:
-    """With no end token in reach each one is as long as it was allowed to be, and says so."""
+    """Without an end token each completion is exactly as long as its limit, and `finish` says so."""
     requests = [
         Request(str(limit), prompt, limit) for limit, prompt in zip(range(1, 21), prompts(20), strict=True)
     ]
@@ -220,9 +188,9 @@ def test_every_request_keeps_to_its_own_limit(make: Make) -> None:
 
 
 def test_a_row_that_ends_leaves_its_batch(model: Any) -> None:
-    """The forward passes get narrower, so that one long answer does not make everybody wait.
+    """The forward passes get narrower, so that a long answer costs no work on the finished ones.
 
-    Rows are taken out once they are an eighth of the batch, so fewer than that ever ride along finished.
+    Finished rows are removed once they are an eighth of the batch.
     """
     widths = []
     handle = model.register_forward_pre_hook(
@@ -249,24 +217,19 @@ def test_a_shared_prompt_is_read_once(model: Any) -> None:
     )
     try:
         prompt = prompts(1)[0]
-        list(
-            in_memory("transformers", model).generate(
-                [Request(str(k), prompt, 3, 1.0, 1.0, k) for k in range(9)]
-            )
-        )
+        list(in_memory(model).generate([Request(str(k), prompt, 3, 1.0, 1.0, k) for k in range(9)]))
     finally:
         handle.remove()
     assert widths[0] == (1, len(prompt))
     assert widths[1][1] == 1
 
 
-@IN_MEMORY
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_the_mode_it_was_in(model: Any, kind: str, training: bool) -> None:
-    """DPO generates in the midst of training."""
+def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> None:
+    """DPO generates while it trains."""
     model.train(training)
     try:
-        complete(in_memory(kind, model), mixed_requests()[:4])
+        complete(in_memory(model), mixed_requests()[:4])
         assert model.training is training
     finally:
         model.eval()
@@ -286,9 +249,9 @@ def test_request_seeds_differ_by_run_question_and_arm() -> None:
 
 @pytest.mark.parametrize("most", [1, 5])
 def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Every request is completed, as by a batch that fitted from the start; what is known to fit is kept to."""
+    """Every request is completed as in a batch that fits, and later batches start at a size that fits."""
     requests = mixed_requests()
-    wanted = complete(in_memory("transformers", model, batch=1), requests)
+    wanted = complete(in_memory(model, batch=1), requests)
     sizes: list[int] = []
     forward = type(model).forward
 
@@ -300,10 +263,10 @@ def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPa
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", limited)
-    found = complete(in_memory("transformers", model, batch=16), requests)
+    found = complete(in_memory(model, batch=16), requests)
     assert found.keys() == wanted.keys()
     assert all(found[key].tokens == one.tokens for key, one in wanted.items())
-    assert len(sizes) <= 4  # 16, 8, 4, 2; not again for every batch
+    assert len(sizes) <= 4  # 16, 8, 4, 2: once, and not again for every batch
 
 
 def test_one_row_out_of_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,11 +277,11 @@ def test_one_row_out_of_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(type(model), "forward", never)
     with pytest.raises(UserError, match="out of memory with one row of up to 8 tokens; lower max_new_tokens"):
-        complete(in_memory("transformers", model), [Request("a", (3, 4, 5), 5), Request("b", (3, 4, 6), 5)])
+        complete(in_memory(model), [Request("a", (3, 4, 5), 5), Request("b", (3, 4, 6), 5)])
 
 
 def test_the_batch_may_follow_from_the_requests(model: Any) -> None:
-    """As `generation_batch: auto` does, from the longest prompt and the highest limit."""
+    """`generation_batch: auto` computes it from the longest prompt and the highest limit."""
     asked: list[tuple[int, int]] = []
 
     def rows(prompt: int, new: int) -> int:
@@ -327,5 +290,5 @@ def test_the_batch_may_follow_from_the_requests(model: Any) -> None:
 
     requests = mixed_requests()
     made = {one.id: one for one in TransformersEngine(model, END, PAD, rows).generate(requests)}
-    assert made == complete(in_memory("transformers", model, batch=16), requests)
+    assert made == complete(in_memory(model, batch=16), requests)
     assert asked == [(max(len(one.prompt) for one in requests), max(one.max_new_tokens for one in requests))]

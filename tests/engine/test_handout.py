@@ -1,4 +1,4 @@
-"""Who does which piece: nothing is lost, nothing is given twice, whoever dies, hangs or comes late."""
+"""Pieces of work among workers that die, hang or come late: nothing is lost, nothing is done twice."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from stages.core.errors import UserError
-from stages.core.params import Hardware
 from stages.engine import handout
-from stages.engine.base import Completion, Request
 from stages.engine.handout import ATTEMPTS, HandOut, Piece
+from stages.policy.request import Completion, Request
+from stages.run.errors import UserError
+from stages.run.params import Hardware
 
 REQUESTS = [Request(str(place), (1,) * (1 + place % 7), 5) for place in range(100)]
 
@@ -32,33 +32,23 @@ def completions(piece: Piece) -> list[Completion]:
     return [Completion(request.id, (1,), "stop", -1.0) for request in piece.requests]
 
 
-def test_every_request_is_done_once_and_the_longest_prompts_first() -> None:
-    work, given, lengths = hand_out(), [], []
+def test_the_longest_prompts_come_first_and_done_requests_not_at_all() -> None:
+    """A piece that is done is left out. Of one that is partly done only the rest is given."""
+    first = hand_out().next()
+    assert first is not None
+    done = frozenset(request.id for request in first.requests) | {"0"}
+    work, given, lengths = hand_out(done), [], []
     while work.open:
         piece = work.next()
         assert piece is not None
         lengths.append(len(piece.requests[-1].prompt))
         given += [one.id for one in work.take(piece, completions(piece))]
         work.finish(piece)
-    assert sorted(given, key=int) == [request.id for request in REQUESTS]
+    assert sorted(given, key=int) == [request.id for request in REQUESTS if request.id not in done]
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_done_pieces_are_left_out_and_done_requests_not_given_again() -> None:
-    first = hand_out().next()
-    assert first is not None
-    done = frozenset(request.id for request in first.requests) | {"0"}
-    work, given = hand_out(done), set()
-    while work.open:
-        piece = work.next()
-        assert piece is not None
-        assert {request.id for request in piece.requests} - done
-        given |= {one.id for one in work.take(piece, completions(piece))}
-        work.finish(piece)
-    assert given == {request.id for request in REQUESTS} - done
-
-
-def test_a_hanging_workers_piece_is_begun_by_an_idle_one_and_given_once() -> None:
+def test_an_idle_worker_does_the_piece_of_a_hanging_one() -> None:
     work = hand_out(generation_batch=60)
     slow, other = work.next(), work.next()
     assert slow is not None and other is not None
@@ -106,17 +96,17 @@ def test_a_lost_piece_goes_to_another_and_is_given_up_in_the_end() -> None:
         (200, 1, [1] * 100),
     ],
 )
-def test_where_engines_divide_by_themselves_pieces_are_equal(
+def test_with_auto_pieces_are_equal(
     monkeypatch: pytest.MonkeyPatch, workers: int, most: int, sizes: list[int]
 ) -> None:
-    """As many for each worker, none larger than allowed: all end at about the same time."""
+    """Each worker gets as many, and none is larger than PIECE, so all finish at about the same time."""
     monkeypatch.setattr(handout, "PIECE", most)
     work = hand_out(workers=workers, generation_batch="auto")
     assert sorted((len(piece.requests) for piece in work.open), reverse=True) == sizes
 
 
-def test_of_a_piece_begun_again_what_is_missing_is_done() -> None:
-    """Where an engine divides by itself; a piece that is computed together is done whole, for the same bytes."""
+def test_a_piece_that_is_started_again_does_what_is_missing() -> None:
+    """With `auto`. With a fixed batch it is computed whole, so that the bytes stay the same."""
     for batch, wanted in (("auto", 20), (50, 50)):
         work = hand_out(generation_batch=batch)
         piece = work.next()
@@ -134,7 +124,7 @@ def test_of_a_piece_begun_again_what_is_missing_is_done() -> None:
 def test_whatever_happens_every_request_is_given_once(
     monkeypatch: pytest.MonkeyPatch, seed: int, batch: Any
 ) -> None:
-    """Workers that die, hang for good or finish late, in any order; one of them is sound."""
+    """Workers die, hang for good or finish late, in any order; only one of them always works."""
     monkeypatch.setattr(handout, "PIECE", 8)
     rng = random.Random(seed)
     work, given, deaths = hand_out(generation_batch=batch), [], 0

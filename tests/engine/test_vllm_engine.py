@@ -19,19 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
-from stages.core.errors import UserError
-from stages.core.params import BuiltModel, load_params
-from stages.core.policy import load_policy
 from stages.engine import vllm_engine
-from stages.engine.base import Completion, EngineStartError, Request, request_seed
 from stages.engine.transformers_engine import TransformersEngine
 from stages.engine.vllm_engine import VllmEngine
-from stages.tiny.model import build_tokenizer
-
-SMALL = Path(__file__).resolve().parents[1] / "small"
-ENDS = [2, 40, 41, 42, 43]
+from stages.policy.adapter import load_policy
+from stages.policy.request import Completion, EngineStartError, Request, request_seed
+from stages.run.errors import UserError
+from tests.policy import END, PAD
 
 
 class RequestOutputKind(enum.Enum):
@@ -133,7 +128,7 @@ class LLM:
         if params.logprobs != 0:
             raise AssertionError("the log-probability of the sampled token alone is wanted")
         (one,) = TransformersEngine(self.policy[folder], params.stop_token_ids, 0, 1).generate([request])
-        tokens = [*one.tokens, ENDS[0]] if one.finish == "stop" else list(one.tokens)
+        tokens = [*one.tokens, END[0]] if one.finish == "stop" else list(one.tokens)
         output = types.SimpleNamespace(
             token_ids=tokens, cumulative_logprob=one.logprob, finish_reason=one.finish, stop_reason=None
         )
@@ -160,38 +155,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with several end tokens, as the stage `base` writes one."""
-    folder = tmp_path_factory.mktemp("base")
-    spec = load_params(SMALL).model
-    assert isinstance(spec, BuiltModel)
-    tokenizer = build_tokenizer(spec, [("Ann has 3 bags of 4 apples.", "3*4=12\n#### 12")])
-    torch.manual_seed(4)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.25, sliding_window=None,
-        )
-    )  # fmt: skip
-    model.generation_config.eos_token_id = ENDS
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from peft import LoraConfig, get_peft_model
-
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(6)
-    model = get_peft_model(load_policy(None, base)[0], LoraConfig(r=12, target_modules=["q_proj"]))
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                value.normal_()
-    model.save_pretrained(folder)
-    return folder
+def base(model: Any, policy_folder: Path) -> Path:
+    """A random model with several end tokens, saved as the stage `base` does."""
+    return policy_folder / "base"
 
 
 def requests() -> list[Request]:
@@ -208,12 +174,12 @@ def completed(engine: Any) -> dict[str, Completion]:
     return {one.id: one for one in engine.generate(requests())}
 
 
-def test_completions_are_those_of_the_policy(base: Path, adapter: Path) -> None:
+def test_completions_are_those_of_the_policy(base: Path, policy_folder: Path) -> None:
     """Tokens without the end token, how each ended, its log-probability; with an adapter and without."""
-    found = {}
+    found, adapter = {}, policy_folder / "adapter"
     for folder in (None, adapter):
         model, _ = load_policy(folder, base)
-        wanted = completed(TransformersEngine(model, ENDS, 0, 8))
+        wanted = completed(TransformersEngine(model, END, PAD, 8))
         found[folder] = completed(VllmEngine(folder, base))
         assert found[folder].keys() == wanted.keys()
         for identity, one in wanted.items():
@@ -227,9 +193,9 @@ def test_completions_are_those_of_the_policy(base: Path, adapter: Path) -> None:
 def test_an_end_token_as_the_last_one_allowed_ends_the_completion() -> None:
     """Whichever of the two vLLM calls it."""
     engine = VllmEngine.__new__(VllmEngine)
-    engine.end_ids = ENDS
+    engine.end_ids = END
     for reason in ("stop", "length"):
-        output = types.SimpleNamespace(token_ids=[7, 8, 41], cumulative_logprob=-2.5, finish_reason=reason)
+        output = types.SimpleNamespace(token_ids=[7, 8, 33], cumulative_logprob=-2.5, finish_reason=reason)
         done = engine._completion(Request("a", (1,), 3), output)
         assert done == Completion("a", (7, 8), "stop", -2.5)
 
@@ -241,13 +207,13 @@ def test_room_for_the_adapters_rank(tmp_path: Path, base: Path, rank: int, room:
     assert LLM.made[0].enable_lora and LLM.made[0].max_lora_rank == room
 
 
-def test_an_adapter_too_large_is_said(tmp_path: Path, base: Path) -> None:
+def test_an_adapter_too_large_is_refused(tmp_path: Path, base: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 600}))
-    with pytest.raises(UserError, match=r"up to rank 512; say hardware\.engine: continuous"):
+    with pytest.raises(UserError, match=r"up to rank 512; set hardware\.engine: transformers"):
         VllmEngine(tmp_path, base)
 
 
-def test_what_keeps_vllm_from_starting_is_said(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_why_vllm_does_not_start_is_shown(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise ValueError("Free memory on device is less than desired.\nTry another value.")
 
@@ -265,14 +231,14 @@ def test_it_runs_in_this_process_and_reports_to_nobody(base: Path) -> None:
     assert not LLM.made[0].enable_lora
 
 
-def test_what_is_done_is_not_asked_for(base: Path) -> None:
+def test_finished_requests_are_not_sent_again(base: Path) -> None:
     engine = VllmEngine(None, base)
     done = frozenset(str(i) for i in range(20))
     assert {one.id for one in engine.generate(requests(), done)} == {"20", "21", "22", "23"}
     assert LLM.made[0].steps == 4
 
 
-def test_only_so_many_are_handed_over_ahead(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_holds_a_limited_number_of_requests(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "AHEAD", 5)
     assert len(completed(VllmEngine(None, base))) == 24
     assert LLM.made[0].most == 5
@@ -297,7 +263,7 @@ def test_a_dead_engine_stays_dead(base: Path) -> None:
         completed(engine)
 
 
-def test_whoever_leaves_early_leaves_nothing_running(base: Path) -> None:
+def test_a_caller_that_stops_early_leaves_nothing_running(base: Path) -> None:
     engine = VllmEngine(None, base)
     running = engine.generate(requests())
     next(iter(running))

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from stages.core.params import load_params
-from stages.core.paths import BASE
 from stages.engine import handout
-from stages.engine.base import Request
 from stages.engine.transformers_engine import TransformersEngine
 from stages.engine.workers import WorkersEngine
+from stages.policy.request import Request
+from stages.run.params import load_params
+from stages.run.paths import BASE
 from tests.policy import END, NEEDS_VLLM, PAD, SMALL, complete, prompts
 
 pytestmark = NEEDS_VLLM

@@ -1,8 +1,8 @@
 """One small but real run of the whole pipeline, shared by every test that needs trained weights.
 
-The run lies in a temporary git repository of its own, so nothing of this checkout is touched. Tests that
-change something work on a copy of it. No process of a run may open an internet connection: whoever tries
-fails, and is noted. The first run has no network at all, where Linux lets a user make such a place.
+The run lies in a temporary git repository, so nothing in this checkout is touched. Tests that change something work on
+a copy of it. No process of a run may open an internet connection: an attempt fails and is noted. The first run has no
+network at all, where Linux lets a user make a network namespace.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from ruamel.yaml import YAML
 
 REPO = Path(__file__).resolve().parents[2]
 
-# Less of everything, but enough for pairs of both kinds. What the values of the real profile give is
-# measured by `make`, not here.
+# Less of everything, but enough for pairs of both kinds.
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"train": 150, "valid": 30, "platinum": 60},
     "model": {
@@ -44,7 +43,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "hardware": {"threads": 1},
 }  # fmt: skip
 
-# With LOOPBACK_ALLOWED in the environment (Ray's processes talk by it) a process may reach its own machine.
+# With LOOPBACK_ALLOWED in the environment a process may reach its own machine, as Ray's processes do.
 NETWORK_GUARD = """
 import os, socket
 
@@ -72,7 +71,7 @@ socket.socket.connect_ex = guarded(socket.socket.connect_ex)
 """
 
 
-# Puts before a command what gives it a network namespace of its own, whose only interface, `lo`, is down.
+# Before a command, this gives it a network namespace of its own, whose only interface, `lo`, is down.
 CUT = ["unshare", "--map-root-user", "--net"]
 if not shutil.which(CUT[0]) or subprocess.run([*CUT, "true"], capture_output=True, check=False).returncode:
     CUT = []
@@ -87,7 +86,7 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of this project's commands: its Python first in the path, no network."""
+        """The environment of the project's commands: this Python first in the path, and no network."""
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DVC_"))
         }
@@ -101,7 +100,7 @@ class Project:
         }
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the project; a failure shows what it printed."""
+        """Run a command in the project. If it fails, the test fails with what it printed."""
         done = subprocess.run(
             command, cwd=self.root, env=self.environment | env, capture_output=True, text=True, check=False
         )
@@ -122,7 +121,7 @@ class Project:
         return json.loads(self.run("dvc", "status", "--json", check=True, **env).stdout)
 
     def update(self, file: str, values: dict[str, Any]) -> None:
-        """Set keys of a YAML file, given with dots between the levels; comments stay."""
+        """Set keys of a YAML file, written with dots between the levels. Comments stay."""
         path, yaml = self.root / file, YAML()
         tree = yaml.load(path.read_text(encoding="utf-8"))
         for name, value in values.items():
@@ -146,7 +145,7 @@ def flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """This checkout's files, the tiny profile shrunk, committed to a new git repository; nothing has run."""
+    """The files of this checkout with a smaller tiny profile, committed to a new git repository. Nothing has run."""
     folder = tmp_path_factory.mktemp("small")
     project = Project(folder / "project", folder / "guard")
     project.guard.mkdir()
@@ -159,7 +158,7 @@ def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         check=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
-        if (REPO / name).is_file():  # deleted, but not yet from git's index
+        if (REPO / name).is_file():  # git also lists files that are deleted but not staged
             (project.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPO / name, project.root / name)
     (project.root / "dvc.lock").unlink(missing_ok=True)
@@ -172,7 +171,7 @@ def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def commit_all(project: Project, message: str) -> None:
-    """Commit everything there is, whoever git thinks the user is."""
+    """Commit all files, without git's own user settings."""
     project.run("git", "add", "--all")
     who = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
     project.run("git", *who, "commit", "--quiet", "--message", message)
@@ -180,7 +179,7 @@ def commit_all(project: Project, message: str) -> None:
 
 @pytest.fixture(scope="session")
 def cut() -> list[str]:
-    """What cuts a command off the network, as `small_run` was; empty where that cannot be done."""
+    """CUT: what cuts a command off the network, as `small_run` was; empty where that is not possible."""
     return CUT
 
 
@@ -195,7 +194,7 @@ def small_run(small_project: Project) -> Project:
 
 @pytest.fixture(scope="session")
 def copy_run(small_run: Project, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Project]:
-    """Makes copies of the small run, its DVC cache and history included, that may be changed."""
+    """A function that copies the small run, with its DVC cache and history, for tests that change something."""
 
     def copy() -> Project:
         folder = tmp_path_factory.mktemp("copy")
@@ -209,9 +208,9 @@ def copy_run(small_run: Project, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 @pytest.fixture(scope="session")
 def assert_same_adapter() -> Callable[[str, Project, Project], None]:
-    """Fails unless two projects have the same adapter of a stage ("sft" or "dpo"), but for rounding.
+    """A check that two projects have the same adapter of a stage ("sft" or "dpo"), up to rounding.
 
-    Several processes add sums in another order, and a few steps carry that on.
+    Several processes add sums in another order, and each step carries the difference on.
     """
     import torch
     from safetensors.torch import load_file

@@ -1,8 +1,8 @@
-"""The two profiles that cannot be downloaded here run whole on a small random model of the same architecture.
+"""The two large profiles run from end to end on small random models of the same architecture.
 
-The model lies in the hub's cache where a download of the pinned revision would be, in the files the real one
-has: Abel's fp32 pickle shards and Llama-2 style tokenizer; R1's safetensors, byte-level tokenizer and chat
-template. The profile's own prompts, arms, precision and adapter are used; only sizes and data differ.
+The model lies in the hub's cache like a download of the pinned revision, in the same files as the real one: Abel's fp32
+pickle shards and Llama-2 style tokenizer, R1's safetensors, byte-level tokenizer and chat template. Prompts, arms,
+precision and adapter are the profile's own. Only sizes and data differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from stages.core.answers import read_answer
+from stages.text.answers import read_answer
 from tests.model_files import R1_TEMPLATE, abel_files, problems, r1_files
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def fresh_copy(project: Project, folder: Path) -> Project:
 def run_profile(
     project: Project, profile: str, build: Callable[[Path, dict[str, str]], None]
 ) -> dict[str, str]:
-    """Put the model where the hub's copy would be and run the whole pipeline; returns the environment."""
+    """Put the model where a download would be and run the whole pipeline; returns the environment."""
     files = project.root.parent / "files"
     files.mkdir()
     values = YAML(typ="safe", pure=True).load(
@@ -132,7 +132,7 @@ def read_curve(project: Project, name: str) -> list[dict[str, float]]:
 
 
 def assert_converted(project: Project) -> Any:
-    """`checkpoints/base` holds bf16 safetensors alone, and a tokenizer that can tell padding from an end."""
+    """`checkpoints/base` holds only bf16 safetensors, and a tokenizer whose pad token is not its end token."""
     base = project.root / "checkpoints/base"
     assert not [file.name for file in base.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".py")]
     weights = sorted(base.glob("*.safetensors"))
@@ -153,7 +153,7 @@ def assert_converted(project: Project) -> Any:
 
 
 def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any]) -> None:
-    """Every stage wrote what it should, the adapters were really trained, and nothing is out of date."""
+    """Every stage wrote its outputs, both adapters were trained, and nothing is out of date."""
     assert sorted(YAML(typ="safe").load(project.root / "dvc.lock")["stages"]) == sorted(STAGE_RUNS)
     assert project.status(**offline) == {}
     assert not (project.guard / "attempts").exists(), "a stage tried to open a network connection"
@@ -168,13 +168,13 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
             lora["dropout"],
         )
         linear = {name.rpartition(".")[2] for name in config["target_modules"]}
-        assert len(linear) == 7, "attention's four and the MLP's three linear layers"
+        assert len(linear) == 7, "four of attention and three of the MLP"
         files = {file.name for file in (project.root / "checkpoints" / name).iterdir()}
         assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     sft, dpo = read_curve(project, "sft"), read_curve(project, "dpo")
     assert all(row["grad_norm"] > 0 for row in sft[1:])
     assert sft[-1]["loss"] < 0.7 * sft[0]["loss"]
-    assert dpo[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "policy and reference start as one"
+    assert dpo[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "policy and reference are the same at first"
     assert all(row["grad_norm"] > 0 for row in dpo)
     assert read_curve(project, "dpo_selection")[0]["step"] == 0
 
@@ -218,7 +218,7 @@ def load_profile(project: Project, name: str) -> dict[str, Any]:
 
 
 def test_abel_runs_whole(small_project: Project, tmp_path: Path) -> None:
-    """`abel-7b` on a small Mistral in Abel's layout: pickle shards only, sliding window, pad equal to end."""
+    """`abel-7b` on a small Mistral with Abel's files: pickle shards, sliding window, and pad equal to end."""
     project = fresh_copy(small_project, tmp_path)
     offline = run_profile(project, "abel-7b", abel_files)
     tokenizer = assert_converted(project)

@@ -1,14 +1,14 @@
-"""Killed at any moment, as often as one likes, a stage gives the bytes of an undisturbed run.
+"""A stage that is killed at any moment, any number of times, gives the bytes of an undisturbed run.
 
-    python -m pytest tests/pipeline/test_kill.py --kills 20 -s     # 20 kills a stage, and a line about each
+    python -m pytest tests/pipeline/test_kill.py --kills 20 -s     # 20 kills of each stage, and a line about each kill
 
-Every kill is a SIGKILL, to the process or to its whole group. Moments are drawn by seed from the length of
-the undisturbed run, counted from the first sign of work, or follow an event: progress reached the disk, a
-checkpoint folder or a selected adapter or an output's temporary file has just appeared. Whoever ends by
-itself before enough kills were made has its outputs taken away, as DVC does, and begins anew.
+Every kill is a SIGKILL, to the process or to its whole group. A seed draws the moments. They are spread over the
+length of the undisturbed run, or follow an event: progress reached the disk, or a checkpoint, a selected adapter or the
+temporary file of an output has just appeared. When a stage ends before it was killed often enough, its outputs are
+removed, as DVC would do, and it starts again.
 
-All is seen from outside, in the files a stage leaves: what was on the disk at one kill must be there,
-unchanged, at the next.
+The tests only look at the files that a stage leaves: what was on the disk at one kill must be there, unchanged, at the
+next.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc to see what a stage does")
 
-FEW = 3  # up to so many kills the small run is long enough
+FEW = 3  # for more kills than this, the stages are made longer
 POLL = 0.001  # seconds between two looks
 PATIENCE = 600.0
 TRAINED = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
@@ -44,12 +44,12 @@ TRAINED = ["adapter_config.json", "adapter_model.safetensors", "manifest.json"]
 
 @dataclass(frozen=True)
 class Case:
-    """A stage to be shot: its command, its outputs, and what makes it longer."""
+    """A stage to be killed: its command, its outputs, and the parameters that make it longer."""
 
     command: tuple[str, ...]
     work: str  # its folder in .work/
     outputs: tuple[str, ...]
-    events: tuple[str, ...]  # files whose appearance calls for a kill
+    events: tuple[str, ...]  # a kill may follow when one of these files appears
     longer: dict[str, Any]
     always: dict[str, Any] = field(default_factory=dict)
 
@@ -111,7 +111,7 @@ CASES = {
 
 @dataclass
 class Undisturbed:
-    """What a case gives when left alone."""
+    """The undisturbed run of a case."""
 
     outputs: dict[str, bytes]
     before_work: float  # seconds from the start of the stage to its first progress on the disk
@@ -120,9 +120,9 @@ class Undisturbed:
 
 @dataclass
 class Series:
-    """What came of shooting one case."""
+    """The result of killing one case repeatedly."""
 
-    kills: list[tuple[str, float]] = field(default_factory=list)  # why then, share of the work on the disk
+    kills: list[tuple[str, float]] = field(default_factory=list)  # the moment, and the progress on the disk
     rounds: int = 0
     seconds: float = 0.0
     trouble: list[str] = field(default_factory=list)
@@ -133,27 +133,26 @@ def read_outputs(project: Project, case: Case) -> dict[str, bytes]:
 
 
 class Progress:
-    """What a stage has on the disk, and that nothing of it is lost or made a second time."""
+    """The progress of a stage on the disk. `trouble` notes when some of it is lost or made a second time."""
 
     def __init__(self, project: Project, case: Case) -> None:
         self.folder = project.root / case.work
         self.journal = b""
-        self.parts: dict[str, bytes] = {}  # finished rounds of a rollout
+        self.rounds: dict[str, bytes] = {}  # finished rounds of a rollout
         self.checkpoints: dict[int, tuple[int, int]] = {}  # step -> inode and time of its mark
         self.selected: list[Any] = []
         self.trouble: list[str] = []
 
     def size(self) -> tuple[int, int, int, int]:
-        """Grows whenever progress is made: finished rounds, bytes of the journal, newest complete checkpoint, steps
-        scored."""
-        rounds = list(self.folder.glob("*/part-*.jsonl"))
+        """Finished rounds, bytes of the journal, newest complete checkpoint, bytes of scored steps. It only grows."""
+        rounds = list(self.folder.glob("*/round-*.jsonl"))
         journals = [path.stat().st_size for path in self.folder.glob("*/journal.jsonl")]
         steps = self.look_at_checkpoints()
         chosen = [path.stat().st_size for path in self.folder.glob("*/selection.json")]
         return len(rounds), sum(journals), max(steps, default=0), sum(chosen)
 
     def look_at_checkpoints(self) -> list[int]:
-        """The complete checkpoints there are. None may be made twice: that would be steps done again."""
+        """The steps of all complete checkpoints. None may be made twice, because then steps were done again."""
         steps = []
         for mark in self.folder.glob("*/trainer/checkpoint-*/complete"):
             try:
@@ -168,28 +167,28 @@ class Progress:
         return steps
 
     def after_a_kill(self) -> float:
-        """Compare with what the kill before left. Returns bytes of journal, or the newest checkpoint's step."""
-        parts = {path.name: path.read_bytes() for path in self.folder.glob("*/part-*.jsonl")}
+        """Compare with what the kill before left. Returns the bytes of the journal or the newest checkpoint's step."""
+        rounds = {path.name: path.read_bytes() for path in self.folder.glob("*/round-*.jsonl")}
         for path in self.folder.glob("*/journal.jsonl"):
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             if path.parent.name == "gone":
-                continue  # all was done, and is being cleared
-            if len(parts) > len(self.parts):  # a finished round moves from the journal into its part
-                stayed = texts(self.journal, {}).items() <= texts(whole, parts).items()
+                continue  # all is done, and the progress is being deleted
+            if len(rounds) > len(self.rounds):  # a finished round moves from the journal to a file of its own
+                stayed = texts(self.journal, {}).items() <= texts(whole, rounds).items()
             else:
                 stayed = whole.startswith(self.journal)
             if not stayed:
                 self.trouble.append(f"the journal of {len(self.journal)} bytes did not stay as it was")
-            if any(parts.get(name) != data for name, data in self.parts.items()):
+            if any(rounds.get(name) != data for name, data in self.rounds.items()):
                 self.trouble.append("a finished round did not stay as it was")
             ids = [json.loads(line)["record"]["id"] for line in whole.splitlines()]
             if len(ids) != len(set(ids)):
                 self.trouble.append("a record is in the journal twice")
-            self.journal, self.parts = whole, parts
+            self.journal, self.rounds = whole, rounds
         steps = self.look_at_checkpoints()
-        if not [path for path in self.folder.iterdir() if path.is_dir() and path.name != "gone"]:
-            return 0.0  # all was done, and cleared
+        if not progress_folders(self.folder):
+            return 0.0  # all is done, and the progress is deleted
         if self.checkpoints and max(steps, default=0) < max(self.checkpoints):
             self.trouble.append(f"checkpoint {max(self.checkpoints)} was complete and is gone")
         for path in self.folder.glob("*/selection.json"):
@@ -197,19 +196,19 @@ class Progress:
             if rows[: len(self.selected)] != self.selected:
                 self.trouble.append("steps scored on validation did not stay as they were")
             self.selected = rows
-        return max([len(self.journal) + sum(map(len, self.parts.values())), *steps])
+        return max([len(self.journal) + sum(map(len, self.rounds.values())), *steps])
 
 
-def texts(journal: bytes, parts: dict[str, bytes]) -> dict[str, str]:
+def texts(journal: bytes, rounds: dict[str, bytes]) -> dict[str, str]:
     """The text of every trajectory in a journal and in finished rounds."""
     rows = [json.loads(line)["record"] for line in journal.splitlines()]
-    for part in parts.values():
-        rows += [row for line in part.splitlines() for row in json.loads(line)["trajectories"]]
+    for data in rounds.values():
+        rows += [row for line in data.splitlines() for row in json.loads(line)["trajectories"]]
     return {row["id"]: row["text"] for row in rows}
 
 
 def start(project: Project, case: Case, log: Path) -> subprocess.Popen[bytes]:
-    """The stage's command, in a process group of its own."""
+    """Start the stage in a process group of its own."""
     with log.open("ab") as stderr:
         return subprocess.Popen(
             ["python", "-m", "stages", *case.command],
@@ -221,7 +220,7 @@ def start(project: Project, case: Case, log: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_start(process: subprocess.Popen[bytes], project: Project, case: Case) -> bool:
-    """Until the stage has taken its lock, after the slow imports of the command; False when it ended."""
+    """Wait until the stage has taken its lock, after its slow imports. Returns False when it ended before."""
     lock, until = (project.root / case.work / "lock").resolve(), time.monotonic() + PATIENCE
     while time.monotonic() < until:
         if process.poll() is not None:
@@ -233,8 +232,7 @@ def wait_for_start(process: subprocess.Popen[bytes], project: Project, case: Cas
     raise AssertionError(f"{case.command} did not take its lock in {PATIENCE:.0f} s")
 
 
-def leave_alone(project: Project, case: Case, log: Path) -> Undisturbed:
-    """Run a case once, undisturbed."""
+def run_undisturbed(project: Project, case: Case, log: Path) -> Undisturbed:
     for name in case.outputs:
         (project.root / name).unlink()
     process, progress = start(project, case, log), Progress(project, case)
@@ -250,7 +248,7 @@ def leave_alone(project: Project, case: Case, log: Path) -> Undisturbed:
 
 
 def moments(rng: random.Random, case: Case, alone: Undisturbed) -> Iterator[tuple[str, float, str]]:
-    """Without end: what to wait for (start, progress, event), how long after it, and which files it is."""
+    """Endless moments: what to wait for (start, progress, event), the seconds to wait after it, and its files."""
     while True:
         yield "progress", rng.uniform(0, alone.work / 5), ""
         yield "event", rng.choice([0.0, 0.002, 0.01]), rng.choice(case.events)
@@ -259,11 +257,13 @@ def moments(rng: random.Random, case: Case, alone: Undisturbed) -> Iterator[tupl
         yield "start", rng.uniform(0, alone.before_work + alone.work / 2), ""
 
 
-def shoot(project: Project, case: Case, alone: Undisturbed, kills: int, seed: str, log: Path) -> Series:
-    """Kill a case until `kills` kills are done and it has ended by itself after them."""
+def kill_repeatedly(
+    project: Project, case: Case, alone: Undisturbed, kills: int, seed: str, log: Path
+) -> Series:
+    """Kill a case `kills` times, and let it end after that."""
     rng, series, began = random.Random(seed), Series(), time.monotonic()
     wanted, progress = moments(rng, case, alone), Progress(project, case)
-    take_away(project, case)
+    remove_outputs(project, case)
     for _ in range(4 * kills + 4):
         process = start(project, case, log)
         if len(series.kills) < kills and wait_for_start(process, project, case):
@@ -276,10 +276,10 @@ def shoot(project: Project, case: Case, alone: Undisturbed, kills: int, seed: st
         killed = process.returncode == -signal.SIGKILL
         if killed:
             series.kills.append((moment[2] or moment[0], progress.after_a_kill()))
-        # Killed after it had written everything and cleared its progress, while the process was leaving: that
-        # run has ended, whatever its exit status.
+        # If all outputs are there and the progress is deleted, the kill only hit a process that was leaving.
+        outputs = [project.root / name for name in case.outputs]
         if killed and not (
-            cleared(project, case) and all((project.root / name).exists() for name in case.outputs)
+            progress_folders(project.root / case.work) == [] and all(path.exists() for path in outputs)
         ):
             continue
         if process.returncode and not killed:
@@ -293,24 +293,22 @@ def shoot(project: Project, case: Case, alone: Undisturbed, kills: int, seed: st
         ]  # fmt: skip
         places = {project.root / Path(name).parent for name in case.outputs}
         left = [path for place in places for path in place.glob(".*.tmp")]
-        left += [] if killed else [path for path in (project.root / case.work).iterdir() if path.is_dir()]
+        left += [] if killed else progress_folders(project.root / case.work)
         series.trouble += [f"{path.relative_to(project.root)} was left" for path in left]
         if len(series.kills) == kills and not killed:
             break
-        take_away(project, case)
+        remove_outputs(project, case)
         progress = Progress(project, case)
     series.seconds = time.monotonic() - began
     return series
 
 
-def cleared(project: Project, case: Case) -> bool:
-    """Whether a stage has put its progress away, as it does at its end ("gone" is what it then deletes)."""
-    return not [
-        path for path in (project.root / case.work).iterdir() if path.is_dir() and path.name != "gone"
-    ]
+def progress_folders(work: Path) -> list[Path]:
+    """The folders of half-done work. At its end a stage renames its own to `gone` and deletes it."""
+    return [path for path in work.iterdir() if path.is_dir() and path.name != "gone"]
 
 
-def take_away(project: Project, case: Case) -> None:
+def remove_outputs(project: Project, case: Case) -> None:
     """Remove a case's outputs, as DVC does before it runs a stage."""
     for name in case.outputs:
         place = project.root / name
@@ -323,7 +321,7 @@ def take_away(project: Project, case: Case) -> None:
 def wait_for_moment(
     process: subprocess.Popen[bytes], project: Project, progress: Progress, moment: tuple[str, float, str]
 ) -> bool:
-    """Until the moment has come; False when the process ended first."""
+    """Wait until the moment has come. Returns False when the process ended first."""
     kind, delay, pattern = moment
     before = set(project.root.glob(pattern)) if pattern else set()
     size, looked = progress.size(), 0.0
@@ -352,18 +350,18 @@ def series(
     kills: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Future[Series]]]:
-    """The shooting of every case that was asked for, two at a time."""
+    """The killing of every case that pytest selected, two at a time."""
     logs = tmp_path_factory.mktemp("logs")
 
     def run(name: str, case: Case, project: Project) -> Series:
         changes = case.always | (case.longer if kills > FEW else {})
         if changes:
             project.update("profiles/tiny.yaml", changes)
-            alone = leave_alone(project, case, logs / f"{name}.alone")
+            alone = run_undisturbed(project, case, logs / f"{name}.alone")
         else:
-            # The small run was undisturbed. Its times were not taken; some seconds each on most machines.
+            # The small run was undisturbed. Its times are not known, but on most machines they are some seconds.
             alone = Undisturbed(read_outputs(project, case), 1.0, 3.0)
-        return shoot(project, case, alone, kills, seed=name, log=logs / f"{name}.log")
+        return kill_repeatedly(project, case, alone, kills, seed=name, log=logs / f"{name}.log")
 
     with ThreadPoolExecutor(2) as pool:
         chosen = {
@@ -378,15 +376,15 @@ def series(
 def test_killed_again_and_again_it_gives_the_same_bytes(
     name: str, series: dict[str, Future[Series]], kills: int
 ) -> None:
-    """Nothing lost, nothing made twice, every output as undisturbed, nothing left lying about."""
-    came = series[name].result()
-    print(f"\n{name}: {len(came.kills)} kills, {came.rounds} rounds, {came.seconds:.0f} s")
-    for why, reached in came.kills:
+    """Nothing is lost or made twice, every output is as undisturbed, and no temporary file is left."""
+    result = series[name].result()
+    print(f"\n{name}: {len(result.kills)} kills, {result.rounds} rounds, {result.seconds:.0f} s")
+    for why, reached in result.kills:
         print(f"  {why:40} {reached:,.0f}")
-    assert not came.trouble, came.trouble
-    assert len(came.kills) == kills
-    assert came.rounds >= 1
-    reached = {reached for _, reached in came.kills}
+    assert not result.trouble, result.trouble
+    assert len(result.kills) == kills
+    assert result.rounds >= 1
+    reached = {reached for _, reached in result.kills}
     assert len(reached) > kills / 4, f"the kills did not spread over the run: {reached}"
 
 
@@ -394,7 +392,7 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
 def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
     stage: str, small_run: Project, copy_run: Callable[[], Project]
 ) -> None:
-    """SIGKILL to dvc alone: no orphan trains or generates on, and what was done stays done."""
+    """After SIGKILL to dvc alone, no orphan trains or generates on, and what was done stays done."""
     project, case = copy_run(), CASES[stage]
     wanted = read_outputs(small_run, case)
     command = ["dvc", "repro", "--single-item", "--no-run-cache", stage]
@@ -409,7 +407,7 @@ def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
     assert trainer != dvc.pid
     while dvc.poll() is None and not any(progress.size()) and time.monotonic() < until:
         time.sleep(POLL)
-    # Held while dvc dies, and for as long as the stage may take to look: it must not be done before it knows.
+    # Stop it while dvc dies, because otherwise it may finish before it looks for its parent.
     os.kill(trainer, signal.SIGSTOP)
     dvc.kill()
     assert dvc.wait() == -signal.SIGKILL
@@ -421,7 +419,7 @@ def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
         time.sleep(0.05)
     progress.after_a_kill()
     assert not [name for name in case.outputs if (project.root / name).exists()]
-    again = project.run(*command, "--force")  # else DVC may take an unchanged stage's outputs from its cache
+    again = project.run(*command, "--force")  # without --force DVC may take the outputs from its cache
     assert f"Running stage '{stage}'" in again.stdout
     assert read_outputs(project, case) == wanted
     assert progress.trouble == []

@@ -1,17 +1,15 @@
-"""The pipeline, run whole: its outputs, their manifests, what people see, and that a run can be repeated.
+"""A whole run of the pipeline: its outputs, their manifests, what people see, and no network.
 
-All on one small real run (conftest.py); how good the models get is no question here.
+All tests look at one small real run (conftest.py). How good its models are does not matter here.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -30,31 +28,8 @@ pytestmark = pytest.mark.pipeline
 REPO = Path(__file__).resolve().parents[2]
 POLICIES = ["base", "sft", "dpo"]
 NO_MODEL = ["prepare", "coherence", "preference", "headline", "report"]
-STAGES = [
-    "prepare",
-    "base",
-    "sft",
-    "rollout",
-    "coherence",
-    "preference",
-    "dpo",
-    "evaluate",
-    "headline",
-    "report",
-]
-TOOLS = [
-    "check",
-    "results",
-    "runs",
-    "grade",
-    "compare",
-    "ask",
-    "explain",
-    "pairs",
-    "suspects",
-    "trace",
-    "export",
-]
+STAGES = "prepare base sft rollout coherence preference dpo evaluate headline report".split()
+TOOLS = "check results plan runs grade compare ask explain pairs suspects trace export remote".split()
 
 
 def sha256(path: Path) -> str:
@@ -103,7 +78,7 @@ def test_every_declared_output_is_there(small_run: Project) -> None:
 
 
 def test_nothing_but_declared_outputs_was_written(small_run: Project) -> None:
-    """After a run git sees no file that neither DVC nor the project knows: every output is accounted for."""
+    """Every file that a run adds is an output that dvc.yaml declares."""
     tracked = small_run.run("git", "diff", "--name-only", "--diff-filter=A", "HEAD~1", "HEAD").stdout.split()
     known = [*declared_outputs(small_run), "dvc.lock"]
     strangers = [
@@ -142,7 +117,7 @@ def test_records_have_the_designs_fields_in_order(small_run: Project) -> None:
     every = rows_of(data / "rollouts.jsonl")
     assert set(scored) == {*rollout, *signals, "suspicion", "suspect", "suspect_answer"}
     assert all(list(row) in ([*rollout], [*list(rollout)[:4], "planted", "trajectories"]) for row in every)
-    assert set(scored["trajectories"][0]) >= {"answer", "correct", "soundness", *signals, "reward"}
+    assert set(scored["trajectories"][0]) >= {"answer", "correct", "fault", "soundness", *signals, "reward"}
     evaluated = rows_of(data / "platinum_eval/dpo.jsonl")[0]
     assert list(evaluated) == [
         "id", "question", "gold", "completion", "answer", "correct", "flexible_answer", "flexible_correct",
@@ -226,7 +201,7 @@ def test_manifests_match_the_files_and_cover_every_output(small_run: Project) ->
 
 
 def test_manifests_hold_the_parameters_of_the_run(small_run: Project) -> None:
-    """As typed by pydantic, so that defaults not written down in the profile are there too."""
+    """Defaults that the profile does not write down are there too."""
     params = profile(small_run)
 
     def same(noted: Any, written: Any) -> bool:
@@ -260,7 +235,7 @@ def test_metrics_show_is_a_readable_table(small_run: Project) -> None:
 
 
 def test_sft_and_dpo_are_compared_by_dvcs_own_command(copy_run: Callable[[], Project]) -> None:
-    """Two experiments that differ in headline.policy alone: SFT against DPO by `dvc metrics diff`."""
+    """Two experiments that differ only in headline.policy compare SFT with DPO by `dvc metrics diff`."""
     project = copy_run()
     for policy in ("sft", "dpo"):
         done = project.run("dvc", "exp", "run", "--name", policy, "-S", f"headline.policy={policy}")
@@ -282,7 +257,7 @@ def test_sft_and_dpo_are_compared_by_dvcs_own_command(copy_run: Callable[[], Pro
 
 
 def test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone(copy_run: Callable[[], Project]) -> None:
-    """The same recipe with commits and tags; a clone without the DVC cache has all that the diff needs."""
+    """The same with commits and tags. A clone without the DVC cache has all that the diff needs."""
     project = copy_run()
     for policy in ("sft", "dpo"):
         project.update("params.yaml", {"headline.policy": policy})
@@ -364,19 +339,21 @@ def test_help_of_a_stage_without_a_model_comes_at_once(small_project: Project) -
     assert min(float(small_project.run("python", "-c", code).stdout) for _ in range(2)) < 1.0
 
 
-@pytest.mark.parametrize("name", NO_MODEL)
-def test_a_stage_without_a_model_imports_no_heavy_library(name: str, copy_run: Callable[[], Project]) -> None:
-    code = (
-        f"import sys; sys.argv = ['stages', {name!r}]\n"
-        "from stages.__main__ import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
-        "print(*({'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib'} & set(sys.modules)))"
-    )
-    assert copy_run().run("python", "-c", code).stdout.split() == []
+def test_a_stage_without_a_model_imports_no_heavy_library(copy_run: Callable[[], Project]) -> None:
+    project = copy_run()
+    for name in NO_MODEL:
+        code = (
+            f"import sys; sys.argv = ['stages', {name!r}]\n"
+            "from stages.__main__ import main\n"
+            "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+            "heavy = {'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib'}\n"
+            "print(*(heavy & set(sys.modules)))"
+        )
+        assert project.run("python", "-c", code).stdout.split() == [], name
 
 
 def test_nothing_tried_to_reach_the_network(small_run: Project) -> None:
-    """Every process of the run had a guard that refuses and notes connections; and the guard works."""
+    """A guard in every process of the run refuses connections and notes them. It does so here."""
     assert not (small_run.guard / "attempts").exists()
     for tried in ("create_connection(('127.0.0.1', 9), timeout=1)", "getaddrinfo('localhost', 80)"):
         code = f"import socket; socket.{tried}"
@@ -385,7 +362,7 @@ def test_nothing_tried_to_reach_the_network(small_run: Project) -> None:
 
 
 def test_the_whole_pipeline_ran_with_the_network_cut(small_run: Project, cut: list[str]) -> None:
-    """All its stages, in a network namespace: no interface is up, and not even this machine can be reached."""
+    """All stages ran in a network namespace without an interface, where not even this machine can be reached."""
     if not cut:
         pytest.skip("this machine does not let a user make a network namespace (unshare)")
     assert len(list(manifests(small_run))) == 12
@@ -401,33 +378,21 @@ def test_the_whole_pipeline_ran_with_the_network_cut(small_run: Project, cut: li
     assert there.stdout == "cut off []\n"
 
 
-def test_the_libraries_are_told_to_be_silent() -> None:
-    """What a stage's process sets before anything is imported: offline, and no figures sent to anybody."""
-    code = "from stages.core.launch import prepare_process; prepare_process(); import os; print(dict(os.environ))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
-    environment = ast.literal_eval(said.stdout)
-    switches = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"}
-    assert {name: environment.get(name) for name in switches} == dict.fromkeys(switches, "1")
-    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
-
-
 @pytest.mark.parametrize("network", [False, True])
-def test_offline_switches(network: bool, small_project: Project) -> None:
-    """The hub's libraries are told to stay offline, except in prepare and base; telemetry is off always."""
+def test_libraries_stay_offline_and_send_no_figures(network: bool, small_project: Project) -> None:
+    """Only prepare and base may reach the hub. Telemetry is always off."""
     code = (
-        f"from stages.core.launch import prepare_process; prepare_process(network={network})\n"
-        "import huggingface_hub.constants as hub, datasets.config as data\n"
-        "print(hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY)"
+        f"from stages.run.process import prepare_process; prepare_process(network={network})\n"
+        "import os, huggingface_hub.constants as hub, datasets.config as data\n"
+        "print(hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE, hub.HF_HUB_DISABLE_TELEMETRY)\n"
+        "print(os.environ['DO_NOT_TRACK'], os.environ['RAY_USAGE_STATS_ENABLED'])"
     )
     offline = str(not network)
-    assert small_project.run("python", "-c", code).stdout.split() == [offline, offline, "True"]
-
-
-# ---- the same run gives the same bytes ---------------------------------------------------------------
+    assert small_project.run("python", "-c", code).stdout.split() == [offline, offline, "True", "1", "0"]
 
 
 def test_an_evaluation_run_again_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
-    """And its log is quiet: one line from the stage, none from libraries."""
+    """Its log is one line from the stage, and none from libraries."""
     project = copy_run()
     outputs = [project.root / f"data/platinum_eval/sft{end}" for end in (".jsonl", ".manifest.json")]
     outputs += [project.root / f"metrics/{folder}/sft.json" for folder in ("platinum", "platinum_details")]
@@ -440,119 +405,8 @@ def test_an_evaluation_run_again_gives_the_same_bytes(copy_run: Callable[[], Pro
     assert [sha256(path) for path in outputs] == before
 
 
-def test_training_run_again_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
-    project = copy_run()
-    outputs = ["checkpoints/sft_lora/adapter_model.safetensors", "metrics/curves/sft.csv"]
-    before = [sha256(project.root / name) for name in outputs]
-    project.stages("sft")
-    assert [sha256(project.root / name) for name in outputs] == before
-
-
-def test_a_killed_rollout_goes_on_and_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
-    """SIGKILL in the midst of generation: what was done stays, the result is that of an undisturbed run."""
-    project = copy_run()
-    rollouts = project.root / "data/rollouts.jsonl"
-    before = sha256(rollouts)
-    rollouts.unlink()
-    process = subprocess.Popen(
-        ["python", "-c", KILLED_ROLLOUT],
-        cwd=project.root,
-        env=project.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.wait(timeout=300) == -signal.SIGKILL, process.stderr.read() if process.stderr else ""
-    assert not rollouts.exists()
-    journal = next((project.root / ".work/rollout").glob("*/journal.jsonl"))
-    kept = len(journal.read_text(encoding="utf-8").splitlines())
-    assert 0 < kept < 400
-    again = project.stages("rollout")
-    assert "trajectories" in again.stderr
-    assert sha256(rollouts) == before
-    assert not journal.exists()
-
-
-# Runs the stage as usual; a thread kills the process once the journal on the disk has grown.
-KILLED_ROLLOUT = """
-import os, pathlib, signal, sys, threading, time
-from stages.core import generation
-
-generation.FLUSH_SECONDS = 0.0
-
-def kill_when_some_is_done():
-    while True:
-        for journal in pathlib.Path(".work/rollout").glob("*/journal.jsonl"):
-            if journal.stat().st_size > 2000:
-                os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.001)
-
-threading.Thread(target=kill_when_some_is_done, daemon=True).start()
-sys.argv = ["stages", "rollout"]
-from stages.__main__ import main
-main()
-"""
-
-
-# ---- adapters ----------------------------------------------------------------------------------------
-
-UNMERGED = """
-import sys, torch
-from pathlib import Path
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from stages.core.launch import prepare_process, fix_arithmetic
-prepare_process(); fix_arithmetic(1, 0)
-from stages.core.policy import load_base, load_policy, read_adapter
-from stages.core.paths import SFT_ADAPTER
-
-policy, tokenizer = load_policy(SFT_ADAPTER)
-training, _ = load_policy(SFT_ADAPTER, trainable=True)
-base, _ = load_base()
-layers = [m for m in policy.modules() if isinstance(m, LoraLayer)]
-assert layers and not any(layer.merged for layer in layers)
-assert not any(p.requires_grad for p in policy.parameters())
-own = dict(base.named_parameters())
-for name, weight in policy.get_base_model().named_parameters():
-    plain = name.replace(".base_layer", "")
-    if "lora_" not in name:
-        assert torch.equal(weight, own[plain]), name
-ids = tokenizer("Question: Ann has 3 apples.\\nAnswer:\\n", return_tensors="pt").input_ids
-training.eval()
-with torch.no_grad():
-    here, there, without = policy(ids).logits, training(ids).logits, base(ids).logits
-print((here - there).abs().max().item(), (here - without).abs().max().item())
-"""
-
-
-def test_adapters_are_applied_unmerged(small_run: Project) -> None:
-    """The base weights stay what they are, the logits are those of training, the adapter does something."""
-    done = small_run.run("python", "-c", UNMERGED)
-    from_training, from_base = map(float, done.stdout.split())
-    assert from_training <= 1e-5
-    assert from_base > 1e-3
-
-
-def test_dpo_started_at_the_sft_adapter(small_run: Project) -> None:
-    """At step 1 policy and reference still agree: the loss is log 2, the margin 0; later it is not."""
-    lines = (small_run.root / "metrics/curves/dpo.csv").read_text().splitlines()
-    rows = [dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True)) for line in lines[1:]]
-    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
-    assert rows[-1]["reward_margin"] != 0
-    selection = (small_run.root / "metrics/curves/dpo_selection.csv").read_text().splitlines()
-    assert selection[0].startswith("step,valid_accuracy")
-    assert selection[1].startswith("0,"), "the SFT adapter is candidate zero"
-    assert len(selection) >= 3
-
-
-def test_run_facts_list_every_stage(small_run: Project) -> None:
-    shown = small_run.stages("runs").stdout
-    for name in (*STAGES[:7], *(f"evaluate@{policy}" for policy in POLICIES), "headline", "report"):
-        assert name in shown
-
-
 def test_the_page_finds_manifests_and_lock_in_agreement(small_run: Project) -> None:
-    """`report` compares what each stage read with what DVC recorded; an undisturbed run has nothing to show."""
+    """`report` compares what each stage read with what DVC recorded. In an undisturbed run nothing differs."""
     page = (small_run.root / "report.html").read_text(encoding="utf-8")
     assert "evaluate@dpo" in page
     assert "dvc.lock records differ" not in page

@@ -1,4 +1,4 @@
-"""Several processes on one host give what one gives: the same trajectories, adapters equal to rounding."""
+"""Several processes on one host give what one process gives: the same trajectories, and adapters up to rounding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.pipeline
 
 @pytest.fixture(scope="module")
 def project(copy_run: Callable[[], Project]) -> Project:
-    """The small run, told to use two processes, which compute activations again; DVC sees no change."""
+    """The small run with two processes and gradient checkpointing. DVC sees no change."""
     copy = copy_run()
     hardware = {"processes": 2, "generation_batch": 64, "gradient_checkpointing": True}
     copy.update("profiles/tiny.yaml", {f"hardware.{key}": value for key, value in hardware.items()})
@@ -37,17 +37,17 @@ def test_training_in_two_processes(
     stage: str,
     assert_same_adapter: Callable[[str, Project, Project], None],
 ) -> None:
-    """The global batch stays; each process takes half of it."""
+    """Each process takes half of the global batch."""
     done = project.stages(stage)
     assert_same_adapter(stage, small_run, project)
     curve = Path("metrics/curves") / f"{stage}.csv"
     wanted, found = ((root / curve).read_text().splitlines() for root in (small_run.root, project.root))
     assert len(wanted) == len(found)
-    assert done.stderr.count("parameters trained") == 1  # one process alone speaks
+    assert done.stderr.count("parameters trained") == 1  # only one process prints
 
 
 def test_generation_in_two_processes(project: Project, small_run: Project) -> None:
-    """The same bytes: a piece is computed as one process computes it."""
+    """The same bytes, because each piece is a batch of a single process."""
     alone = project.root.parent / "alone"
     project.run("git", "checkout", "--quiet", "--", ".")
     project.run("dvc", "checkout", "--force", "--quiet")
@@ -62,7 +62,7 @@ def test_generation_in_two_processes(project: Project, small_run: Project) -> No
 
 
 def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
-    """Its work is done again by another one, and comes out the same."""
+    """Another process does its piece again, and the result is the same."""
     wanted = (project.root / "data/rollouts.jsonl").read_bytes()
     stage = subprocess.Popen(
         ["python", "-m", "stages", "rollout"],
@@ -86,5 +86,5 @@ def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
 
 
 def workers_of(pid: int) -> list[int]:
-    """The processes a stage generates with."""
+    """The processes in which a stage generates."""
     return [child for child in children(pid) if any("spawn_main" in word for word in arguments(child))]

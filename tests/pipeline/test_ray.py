@@ -1,9 +1,9 @@
-"""A real Ray cluster of two nodes on this machine gives what one process gives, also when workers are killed.
+"""A real Ray cluster of two nodes on this machine gives what one process gives, even when workers are killed.
 
     python -m pytest -m ray
 
-The nodes have loopback addresses of their own (127.0.0.2 and 127.0.0.3, which Linux has without being told), and
-no process of theirs may reach further.
+Each node has a loopback address of its own (127.0.0.2 and 127.0.0.3, which Linux has by default), and the network guard
+stops their processes from reaching further.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = [
     ),
 ]
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
-LONG = 600  # seconds that nothing here should take, however busy the machine is
+LONG = 600  # seconds that no step here should take, even on a busy machine
 
 
 class Cluster:
@@ -69,16 +69,16 @@ class Cluster:
         with log.open("wb") as out:
             self.nodes[host] = subprocess.Popen(
                 [*command, *where],
-                cwd=self.folder,  # not the project: a worker must find that by itself
+                cwd=self.folder,  # a worker must find the project by itself
                 env=self.environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ray ends whole process groups: that of the tests is not its own
+                start_new_session=True,  # Ray kills whole process groups, and the tests must not be in one
             )
         self.wait_for(lambda: b"block forever" in log.read_bytes(), log)
 
     def wait_for(self, holds: Callable[[], object], log: Path | None = None) -> None:
-        """Wait until something holds; a node that ended by itself is a failure."""
+        """Wait until something holds. A node that ends by itself is a failure."""
         deadline = time.monotonic() + LONG
         while not holds():
             ended = [host for host, node in self.nodes.items() if node.poll() is not None]
@@ -87,17 +87,17 @@ class Cluster:
             time.sleep(0.05)
 
     def raylet(self, host: str) -> int:
-        """The process that a node mainly is."""
+        """The main process of a node."""
         return next(
             pid for pid in children(self.nodes[host].pid) if arguments(pid)[0].endswith("raylet/raylet")
         )
 
     def workers(self, host: str, name: str) -> list[int]:
-        """The processes of a node in which actors of a class work."""
+        """The processes of a node that run actors of a class."""
         return [pid for pid in children(self.raylet(host)) if arguments(pid)[0].startswith(f"ray::{name}")]
 
     def kill(self, host: str) -> None:
-        """Take a whole node away at once, as a power cut does."""
+        """Kill all processes of a node at once, like a power cut."""
         family = [self.raylet(host), *children(self.raylet(host)), *children(self.nodes[host].pid)]
         self.nodes[host].kill()
         for pid in family:
@@ -106,7 +106,7 @@ class Cluster:
         self.nodes.pop(host).wait()
 
     def stop(self) -> None:
-        """End all nodes, and whatever of them is left."""
+        """End all nodes, and all processes that they leave."""
         for host in list(self.nodes):
             with contextlib.suppress(OSError, StopIteration):
                 self.kill(host)
@@ -128,7 +128,7 @@ class Cluster:
         )
 
     def finish(self, stage: subprocess.Popen[str]) -> str:
-        """Wait for the end of a stage; returns what it said."""
+        """Wait for the end of a stage; returns what it printed."""
         said = stage.communicate(timeout=LONG)[1]
         assert stage.returncode == 0, said
         return said
@@ -136,7 +136,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def project(copy_run: Callable[[], Project]) -> Project:
-    """The small run, in many small pieces of work; DVC sees no change."""
+    """The small run with many small pieces of work."""
     copy = copy_run()
     copy.update("profiles/tiny.yaml", {"hardware.generation_batch": 16})
     return copy
@@ -154,7 +154,7 @@ def running(project: Project) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(running: Cluster) -> Cluster:
-    """Both nodes are up, whatever an earlier test did to them."""
+    """The cluster with both nodes up, whatever an earlier test did to them."""
     if SECOND not in running.nodes:
         running.start(SECOND)
     return running
@@ -162,7 +162,7 @@ def cluster(running: Cluster) -> Cluster:
 
 @pytest.fixture(scope="module")
 def rollouts(project: Project) -> bytes:
-    """What one process without Ray draws."""
+    """The rollouts of one process without Ray."""
     project.stages("rollout", LOOPER_LAUNCHER="local")
     return (project.root / "data/rollouts.jsonl").read_bytes()
 
@@ -197,7 +197,7 @@ def test_generation_gives_the_same_bytes(cluster: Cluster, rollouts: bytes) -> N
 
 @pytest.mark.parametrize("fate", ["killed", "hanging", "its whole node killed"])
 def test_a_lost_worker_costs_its_piece_only(cluster: Cluster, rollouts: bytes, fate: str) -> None:
-    """Another one does its piece again, and it comes out the same."""
+    """Another worker does its piece again, and the result is the same."""
     stage = cluster.begin("rollout")
     work = cluster.project.root / ".work/rollout"
     cluster.wait_for(lambda: any(path.stat().st_size for path in work.glob("*/journal.jsonl")))
@@ -219,13 +219,13 @@ def test_training_gives_the_same_adapter(
     stage: str,
     assert_same_adapter: Callable[[str, Project, Project], None],
 ) -> None:
-    """The global batch stays; each of the two workers takes half of it."""
+    """Each of the two workers takes half of the global batch."""
     cluster.project.run("git", "checkout", "--quiet", "--", ":!profiles")
     cluster.project.run("dvc", "checkout", "--force", "--quiet")
     said = cluster.finish(cluster.begin(stage))
     assert_same_adapter(stage, small_run, cluster.project)
     assert "training with 2 workers" in said
-    assert said.count("parameters trained") == 1  # one worker alone speaks
+    assert said.count("parameters trained") == 1  # only one worker prints
 
 
 @pytest.mark.parametrize("fate", ["killed", "its whole node killed"])
@@ -235,7 +235,7 @@ def test_training_goes_on_after_a_loss(
     fate: str,
     assert_same_adapter: Callable[[str, Project, Project], None],
 ) -> None:
-    """From the newest checkpoint, on the devices that are left."""
+    """It goes on from the newest checkpoint, on the devices that are left."""
     stage = cluster.begin("sft")
     work = cluster.project.root / ".work/sft"
     cluster.wait_for(lambda: list(work.glob("*/trainer/checkpoint-*/complete")))
@@ -252,7 +252,7 @@ def test_training_goes_on_after_a_loss(
 
 
 def test_nothing_reached_for_the_internet(cluster: Cluster) -> None:
-    """But for the head's own question to the cloud it may stand in, for which Ray has no switch (docs/gpus.md)."""
+    """Except that the head asks which cloud it runs in, which Ray has no setting for (docs/gpus.md)."""
     attempts = cluster.project.guard / "attempts"
     tried = set(attempts.read_text().splitlines()) if attempts.exists() else set()
     assert tried <= {"('169.254.169.254', 80)"}

@@ -5,20 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages.regime_w.arms import ArmTable
-from stages.regime_w.bandit import Pull, Thompson, pays, uniform
+from stages.regime_w.arms import Sums, add_pulls, add_sums, arm_rows
+from stages.regime_w.bandit import Pull, Thompson, Uniform, pays
 
 ARMS = [f"arm{number}" for number in range(8)]
 SKILLS = dict(zip(ARMS, (0.9, 0.97, 0.98, 0.98, 0.99, 0.99, 0.99, 0.5), strict=True))
 
 
-def test_arm_table() -> None:
-    table = ArmTable()
-    table.add([("a", 1.0, True, True), ("b", 1.0, True, True), ("c", 0.0, False, True)])
-    table.add(
-        [("a", 1.0, True, True), ("b", 0.0, False, True), ("c", 0.0, False, True), ("a", 9.0, True, False)]
+def test_arm_rows() -> None:
+    arms: Sums = {}
+    add_pulls(arms, [("a", 1.0, True, True), ("b", 1.0, True, True), ("c", 0.0, False, True)])
+    add_pulls(
+        arms,
+        [("a", 1.0, True, True), ("b", 0.0, False, True), ("c", 0.0, False, True), ("a", 9.0, True, False)],
     )
-    rows = {row["arm"]: row for row in table.rows()}
+    rows = {row["arm"]: row for row in arm_rows(arms)}
     assert (rows["a"]["pulls"], rows["a"]["uniform_pulls"]) == (3, 2)
     assert [rows[arm]["mean_reward"] for arm in "abc"] == [1.0, 0.5, 0.0]  # the adaptive pull is left out
     assert [rows[arm]["regret"] for arm in "abc"] == [0.0, 0.5, 1.0]
@@ -28,19 +29,21 @@ def test_arm_table() -> None:
 
 
 def test_parts_of_a_file_add_up() -> None:
-    whole, first, second = ArmTable(), ArmTable(), ArmTable()
+    whole: Sums = {}
+    first: Sums = {}
+    second: Sums = {}
     for number in range(20):
         pulls = [(arm, float((number * index) % 3), number % 2 == 0, True) for index, arm in enumerate("abc")]
-        whole.add(pulls)
-        (first if number < 9 else second).add(pulls)
-    first.merge(second)
-    for mine, wanted in zip(first.rows(), whole.rows(), strict=True):
-        assert mine.pop("arm") == wanted.pop("arm")
-        assert mine == pytest.approx(wanted)
+        add_pulls(whole, pulls)
+        add_pulls(first if number < 9 else second, pulls)
+    add_sums(first, second)
+    assert first.keys() == whole.keys()
+    for arm, sums in whole.items():
+        assert first[arm] == pytest.approx(sums)
 
 
 def test_uniform_pulls_every_arm_once() -> None:
-    assert uniform(ARMS, 8) == [Pull(arm, 1 / 8, True) for arm in ARMS]
+    assert Uniform(ARMS, 8).choose(0, "q") == [Pull(arm, 1 / 8, True) for arm in ARMS]
 
 
 def test_a_pull_pays_when_both_verdicts_are_there() -> None:
@@ -51,16 +54,12 @@ def test_a_pull_pays_when_both_verdicts_are_there() -> None:
 def play(allocation: str, seed: int, rounds: int = 12, questions: int = 15) -> float:
     """Share of pulls that paid, on a simulated 8-armed problem where one arm often differs."""
     chance = np.random.default_rng(seed)
-    bandit = Thompson(ARMS, 8, 0.25, seed)
+    bandit = Uniform(ARMS, 8) if allocation == "uniform" else Thompson(ARMS, 8, 0.25, seed)
     paid = []
     for number in range(rounds):
         groups = []
         for question in range(questions):
-            pulls = (
-                uniform(ARMS, 8)
-                if allocation == "uniform"
-                else bandit.choose(number, f"q{number}-{question}")
-            )
+            pulls = bandit.choose(number, f"q{number}-{question}")
             groups.append([(pull.arm, bool(chance.random() < SKILLS[pull.arm])) for pull in pulls])
             paid += pays([correct for _, correct in groups[-1]])
         bandit.learn(groups)

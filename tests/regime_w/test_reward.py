@@ -1,27 +1,35 @@
-"""The reward is DESIGN's formula; kappa 0 is the classical one."""
+"""The reward is the formula of docs/regime-w.md; kappa 0 is the classical one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from stages.regime_w.reward import RewardParams, reward
+from stages.regime_w.reward import reward
+from stages.run.params import Reward
 
-DEFAULT = RewardParams()
+DEFAULT = {
+    "alpha": 1.0, "beta": 0.5, "kappa": 1.0, "gamma": 0.2, "consensus": 0.9,
+    "length_penalty": 0.001, "length_limit": 512,
+}  # fmt: skip
+
+
+def params(**over: Any) -> Reward:
+    return Reward(**DEFAULT | over)
 
 
 @pytest.mark.parametrize(
-    ("correct", "s_wm", "mean_wm", "mean_end", "tokens", "params", "expected"),
+    ("correct", "s_wm", "mean_wm", "mean_end", "tokens", "terms", "expected"),
     [
-        (True, 0.6, 0.4, 0.5, 100, DEFAULT, 1 + 0.5 * 0.6),
-        (True, 0.6, 0.4, 0.5, 100, replace(DEFAULT, kappa=0.0), 1 + 0.5 * 0.4),
-        (True, 0.6, 0.4, 0.5, 100, replace(DEFAULT, kappa=2.0), 1 + 0.5 * 0.8),
-        (False, 0.6, 0.4, 0.95, 100, DEFAULT, 0.5 * 0.6),
-        (True, 1.0, 1.0, 0.95, 512, DEFAULT, 1 + 0.5 + 0.2),
-        (True, 1.0, 1.0, 0.9, 512, DEFAULT, 1 + 0.5),
-        (False, 0.0, 0.0, 0.0, 612, DEFAULT, -0.1),
-        (True, 0.0, 0.0, 0.0, None, DEFAULT, 1.0),
+        (True, 0.6, 0.4, 0.5, 100, params(), 1 + 0.5 * 0.6),
+        (True, 0.6, 0.4, 0.5, 100, params(kappa=0.0), 1 + 0.5 * 0.4),
+        (True, 0.6, 0.4, 0.5, 100, params(kappa=2.0), 1 + 0.5 * 0.8),
+        (False, 0.6, 0.4, 0.95, 100, params(), 0.5 * 0.6),
+        (True, 1.0, 1.0, 0.95, 512, params(), 1 + 0.5 + 0.2),
+        (True, 1.0, 1.0, 0.9, 512, params(), 1 + 0.5),
+        (False, 0.0, 0.0, 0.0, 612, params(), -0.1),
+        (True, 0.0, 0.0, 0.0, None, params(), 1.0),
     ],
 )
 def test_reward(
@@ -30,14 +38,14 @@ def test_reward(
     mean_wm: float,
     mean_end: float,
     tokens: int | None,
-    params: RewardParams,
+    terms: Reward,
     expected: float,
 ) -> None:
-    assert reward(correct, s_wm, mean_wm, mean_end, tokens, params) == pytest.approx(expected, abs=1e-12)
+    assert reward(correct, s_wm, mean_wm, mean_end, tokens, terms) == pytest.approx(expected, abs=1e-12)
 
 
 def test_classical_formula_cannot_rank_two_correct_trajectories() -> None:
     """The reason this project exists: at kappa 0 two correct trajectories of one question always tie."""
-    classical = replace(DEFAULT, kappa=0.0)
+    classical = params(kappa=0.0)
     assert reward(True, 0.9, 0.5, 0.5, 10, classical) == reward(True, 0.1, 0.5, 0.5, 10, classical)
-    assert reward(True, 0.9, 0.5, 0.5, 10, DEFAULT) > reward(True, 0.1, 0.5, 0.5, 10, DEFAULT)
+    assert reward(True, 0.9, 0.5, 0.5, 10, params()) > reward(True, 0.1, 0.5, 0.5, 10, params())

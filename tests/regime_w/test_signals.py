@@ -1,16 +1,17 @@
-"""The signals are DESIGN's formula: its worked example to six digits, and the properties it promises."""
+"""The signals are the formula of docs/regime-w.md: its worked example to six digits, and the properties it promises."""
 
 from __future__ import annotations
 
 import random
 from fractions import Fraction
+from math import prod
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.answers import read_answer
-from stages.regime_w.signals import GroupScore, analyse_group, score_group, soundness
+from stages.regime_w.signals import SIGNALS, GroupScore, analyse_group, score_group, soundness
+from stages.text.answers import read_answer
 
 QUESTION = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
 TEXTS = [
@@ -38,14 +39,10 @@ def test_counterfactuals_of_the_worked_example() -> None:
     """What an explanation shows: where numbers come from, and what the answer becomes when one grows."""
     analysis = analyse_group(QUESTION, group(TEXTS))
     assert analysis.numbers == [3, 4, 2]
-    assert [trace.counterfactuals for trace in analysis.traces] == [
-        (14, 13, 9),
-        (14, 13, 9),
-        (10, 13, 9),
-        (6, 6, 4),
-    ]
-    assert analysis.traces[0].links == [[-2, -3], [0, -4]]
-    assert [trace.carrier for trace in analysis.traces] == [1, 1, 1, 1]
+    found = [reasoning.counterfactuals for reasoning in analysis.reasonings]
+    assert found == [(14, 13, 9), (14, 13, 9), (10, 13, 9), (6, 6, 4)]
+    assert analysis.reasonings[0].links == [[-2, -3], [0, -4]]
+    assert [reasoning.carrier for reasoning in analysis.reasonings] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -59,12 +56,12 @@ def test_counterfactuals_of_the_worked_example() -> None:
     ],
 )
 def test_when_a_counterfactual_is_undefined(text: str, counterfactuals: tuple[float | None, ...]) -> None:
-    assert analyse_group(QUESTION, group([text])).traces[0].counterfactuals == counterfactuals
+    assert analyse_group(QUESTION, group([text])).reasonings[0].counterfactuals == counterfactuals
 
 
 def test_percent_of_the_question_moves_the_answer() -> None:
-    (trace,) = analyse_group("20% of 50?", group(["20% * 50 = 10\n#### 10"])).traces
-    assert trace.counterfactuals == (Fraction(21, 2), Fraction(51, 5))
+    (reasoning,) = analyse_group("20% of 50?", group(["20% * 50 = 10\n#### 10"])).reasonings
+    assert reasoning.counterfactuals == (Fraction(21, 2), Fraction(51, 5))
 
 
 def test_question_without_numbers_has_one_intervention() -> None:
@@ -79,25 +76,14 @@ def test_absent_answers_agree_with_nothing() -> None:
 def test_growing_denominators_end_as_undefined() -> None:
     """Squares of squares: the exact re-run would double its digits with every step."""
     steps = "".join("<<0.4*0.4=0.2>><<0.2*2=0.4>>" for _ in range(40))
-    (trace,) = analyse_group("1?", group([f"<<1/3=0.4>>{steps}<<0.4+1=1.4>> #### 1.4"])).traces
-    assert trace.counterfactuals == (None,)
+    (reasoning,) = analyse_group("1?", group([f"<<1/3=0.4>>{steps}<<0.4+1=1.4>> #### 1.4"])).reasonings
+    assert reasoning.counterfactuals == (None,)
 
 
 EQUATIONS = st.sampled_from(
-    [
-        "<<3*4=12>>",
-        "<<4*3=12>>",
-        "<<12-2=10>>",
-        "<<3+4=7>>",
-        "<<10/4=2.5>>",
-        "<<12+2=15>>",
-        "<<2+2=4>>",
-        "3 + 4 = 7\n",
-        "word ",
-        "<<3-3=0>>",
-        "<<4/0=1>>",
-    ]
-)
+    ["<<3*4=12>>", "<<4*3=12>>", "<<12-2=10>>", "<<3+4=7>>", "<<10/4=2.5>>", "<<12+2=15>>", "<<2+2=4>>", "3 + 4 = 7\n",
+     "word ", "<<3-3=0>>", "<<4/0=1>>"]
+)  # fmt: skip
 TEXT = st.builds(
     lambda parts, answer: "".join(parts) + answer,
     st.lists(EQUATIONS, max_size=5),
@@ -119,11 +105,9 @@ def test_reordering_changes_nothing(texts: list[str], chance: random.Random) -> 
     """To the last bit, also the question's means."""
     order = list(range(len(texts)))
     chance.shuffle(order)
-    first, second = (
-        score_group(QUESTION, group(texts)),
-        score_group(QUESTION, group([texts[i] for i in order])),
-    )
-    for name in ("s_end", "s_path", "s_cf", "s_wm"):
+    first = score_group(QUESTION, group(texts))
+    second = score_group(QUESTION, group([texts[i] for i in order]))
+    for name in SIGNALS:
         assert [getattr(first, name)[i] for i in order] == getattr(second, name)
         assert first.mean(name) == second.mean(name)
 
@@ -152,11 +136,7 @@ def test_s_cf_is_blind_to_commuting_operands(
 ) -> None:
     swapped = list(numbers)
     chance.shuffle(swapped)
-    value = sum(numbers)
-    if operation == "*":
-        value = 1
-        for number in numbers:
-            value *= number
+    value = sum(numbers) if operation == "+" else prod(numbers)
     question = "Given " + " and ".join(map(str, numbers)) + "?"
     texts = [
         f"<<{operation.join(map(str, order))}={value}>>{value} #### {value}" for order in (numbers, swapped)

@@ -14,12 +14,8 @@ from stages.regime_w.solution import MAX_EQUATIONS, Equation, question_numbers, 
 
 def plain(equation: Equation) -> str:
     """Postfix expression = value, with `!` when it does not hold."""
-    parts = [
-        step
-        if isinstance(step, str)
-        else f"{equation.operands[step].printed}{'%' * equation.operands[step].percent}"
-        for step in equation.program
-    ]
+    numbers = [f"{operand.printed}{'%' * operand.percent}" for operand in equation.operands]
+    parts = [step if isinstance(step, str) else numbers[step] for step in equation.program]
     return f"{' '.join(parts)} = {equation.value}{'' if equation.holds else ' !'}"
 
 
@@ -102,13 +98,8 @@ def test_places_in_the_text() -> None:
 
 
 def test_question_numbers() -> None:
-    assert question_numbers("$80,000, 20% of 1/2, 2 again, 3.50 and three") == [
-        80000,
-        20,
-        1,
-        2,
-        Fraction(7, 2),
-    ]
+    numbers = question_numbers("$80,000, 20% of 1/2, 2 again, 3.50 and three")
+    assert numbers == [80000, 20, 1, 2, Fraction(7, 2)]
 
 
 def test_equations_are_bounded_and_counted() -> None:
@@ -130,51 +121,11 @@ def test_values_are_those_of_arithmetic(first: int, rest: list[tuple[str, int]],
 
 
 PIECES = [
-    "9",
-    "(",
-    ")",
-    "=",
-    "1=",
-    "1+",
-    "1+1=",
-    "1+1=2 ",
-    "1+1=2\n",
-    "<<",
-    "<<1",
-    "<<1+1=2>>",
-    "-",
-    "-,",
-    "- ",
-    "x",
-    "1x",
-    "1 x ",
-    r"\frac{",
-    r"\frac{1}{2}",
-    "{",
-    "}",
-    "%",
-    "1,",
-    "1,000,",
-    "123 456 7890 ",
-    "a ",
-    "1 + a ",
-    "(a)",
-    "(1",
-    "**",
-    "^",
-    ".",
-    ". ",
-    "1 eggs - ",
-    r"\text{",
-    "/a",
-    "'a",
-    "½",
-    "９",
-    "=-",
-    "((1+",
-    "<<1=1=",
+    "9", "(", ")", "=", "1=", "1+", "1+1=", "1+1=2 ", "1+1=2\n", "<<", "<<1", "<<1+1=2>>", "-", "-,", "- ", "x",
+    "1x", "1 x ", r"\frac{", r"\frac{1}{2}", "{", "}", "%", "1,", "1,000,", "123 456 7890 ", "a ", "1 + a ",
+    "(a)", "(1", "**", "^", ".", ". ", "1 eggs - ", r"\text{", "/a", "'a", "½", "９", "=-", "((1+", "<<1=1=",
     "2*2=4 4*4=16 ",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", PIECES)

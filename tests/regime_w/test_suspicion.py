@@ -19,8 +19,8 @@ FIVE = "<<3+4=7>>7 <<7-2=5>>5\n#### 5"
 
 def judged(gold: str, *texts: str) -> tuple[float, str | None]:
     views = [{"text": text, "answer": text.rpartition("#### ")[2] or None} for text in texts]
-    traces = analyse_group(QUESTION, views).traces
-    return suspicion(traces, [view["answer"] == gold for view in views])
+    reasonings = analyse_group(QUESTION, views).reasonings
+    return suspicion(reasonings, [view["answer"] == gold for view in views])
 
 
 @pytest.mark.parametrize(

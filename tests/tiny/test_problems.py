@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.params import BuiltModel, GeneratedData, load_params
 from stages.regime_w.solution import read_solution
+from stages.run.params import BuiltModel, GeneratedData, load_params
 from stages.tiny.problems import VERBS, Problem, Split, mislabelled, mistaken, problems
 
 REPO = Path(__file__).resolve().parents[2]

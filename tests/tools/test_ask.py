@@ -5,52 +5,28 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from stages import evaluate
-from stages.core.answers import read_answer
-from stages.core.errors import UserError
-from stages.core.params import BuiltModel, load_params
-from stages.core.policy import load_policy
-from stages.core.prompts import prompt_ids
-from stages.engine.base import Request
-from stages.engine.choose import make_engine
-from stages.tiny.model import build_tokenizer
+from stages.run.errors import UserError
+from stages.run.params import load_params
+from stages.text.answers import read_answer
 from stages.tools import ask
+from tests.tools.random_run import SMALL, greedy, make_project
 
 REPO = Path(__file__).resolve().parents[2]
-SMALL = REPO / "tests" / "small"
 QUESTION = "Ann has 3 bags of 4 apples. How many?"
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' parameters, and a random model with two end tokens and settings that evaluation ignores."""
-    root = tmp_path_factory.mktemp("ask")
-    (root / "profiles").mkdir()
-    (root / "params.yaml").write_text((SMALL / "params.yaml").read_text())
-    (root / "profiles" / "small.yaml").write_text((SMALL / "profiles" / "small.yaml").read_text())
-    spec = load_params(root).model
-    assert isinstance(spec, BuiltModel)
-    tokenizer = build_tokenizer(spec, [(QUESTION, "3*4=12\n#### 12")])
-    torch.manual_seed(4)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.25, sliding_window=None,
-        )
-    )  # fmt: skip
-    declared = model.generation_config
-    declared.eos_token_id, declared.pad_token_id = [2, *range(40, 44)], 0
-    declared.repetition_penalty, declared.do_sample, declared.temperature, declared.top_k = 1.9, True, 0.5, 3
-    model.save_pretrained(root / "checkpoints" / "base")
-    tokenizer.save_pretrained(root / "checkpoints" / "base")
+    """The tests' parameters, and a random model with several end tokens and settings that evaluation ignores."""
+    root = tmp_path_factory.mktemp("ask") / "project"
+    make_project(root)
     return root
 
 
@@ -66,28 +42,14 @@ def asked(question: str | None, **options: Any) -> str:
     return out.getvalue()
 
 
-def evaluated(questions: list[str]) -> Iterator[tuple[str, str]]:
-    """Text and end of each greedy completion, as `evaluate` makes them."""
-    params = load_params()
-    model, tokenizer = load_policy(None)
-    engine = make_engine(model, tokenizer, params.hardware)
-    requests = [
-        Request(str(i), tuple(prompt_ids(tokenizer, params.prompt, question)), params.evaluate.max_new_tokens)
-        for i, question in enumerate(questions)
-    ]
-    found = {one.id: one for one in engine.generate(requests)}
-    for i in range(len(questions)):
-        yield tokenizer.decode(found[str(i)].tokens, skip_special_tokens=True), found[str(i)].finish
-
-
 def test_greedy_is_the_evaluations(workplace: Path) -> None:
     """Every end token of the generation config ends it; its penalties and sampling settings do not count."""
     questions = [f"Ann has {i} bags. How many?" for i in range(12)]
-    wanted = list(evaluated(questions))
-    assert {finish for _, finish in wanted} == {"stop", "length"}
+    wanted = greedy(None, questions)
+    assert {finish for *_, finish in wanted} == {"stop", "length"}
     screen = io.StringIO()
     answer = ask._answerer(load_params(), "base", 0.0, 0, 64, screen)
-    for question, (text, finish) in zip(questions, wanted, strict=True):
+    for question, (text, _, finish) in zip(questions, wanted, strict=True):
         before = len(screen.getvalue())
         reading, ended = answer(question)
         assert screen.getvalue()[before:] == text
@@ -177,10 +139,6 @@ def test_mistakes(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(UserError, match=words):
             asked(question, **options)
-
-
-def test_policies_are_those_that_are_evaluated() -> None:
-    assert ask.ADAPTERS == evaluate.ADAPTERS
 
 
 def test_missing_checkpoint_is_said_without_loading_torch(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""check: what can be known before a run, and every stage's first prompt, without running anything."""
+"""check: finds mistakes before a run, and shows every stage's first prompt, without running anything."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from stages.core import memory
-from stages.core.errors import UserError
-from stages.core.params import load_params
+from stages.launch import memory
+from stages.run.errors import UserError
+from stages.run.params import load_params
 from stages.tools import check
 
 REPO = Path(__file__).resolve().parents[2]
@@ -26,10 +26,12 @@ SMALL = REPO / "tests" / "small"
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the tests' own parameters and a scorer."""
+    """A working directory with the tests' own parameters and a scorer, on a machine without a GPU."""
     shutil.copytree(SMALL, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scorer.py").write_text("def score_group(question, trajectories):\n    raise SystemExit\n")
     monkeypatch.chdir(tmp_path)
+    for name in ("NVIDIA", "WINDOWS"):
+        monkeypatch.setattr(check, name, tmp_path / "no-driver")
     return tmp_path
 
 
@@ -204,25 +206,25 @@ def test_chat_without_template(workplace: Path) -> None:
 
 
 def test_the_engine_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one `auto` takes on a CPU, or the one the profile asks for; of a GPU that is not there it is not known."""
-    monkeypatch.setattr(check, "find_devices", lambda *_: [memory.cpu_device(1)])  # also on a GPU host
+    """`auto` takes vLLM on a GPU only, and nobody knows what is installed beside a GPU that is not here."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert ", engine transformers\n" in output()
     stream = io.StringIO()
     check.main(Console(file=stream, width=100), 80)
     assert "engine" not in stream.getvalue()
-    change(workplace, "engine: auto", "engine: continuous")
-    assert ", engine continuous\n" in output()
-    assert re.search(r"hardware\.engine +OK", output())
-
-
-def test_an_engine_that_is_not_installed(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found before the first stage runs, not when the third one does."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     change(workplace, "engine: auto", "engine: vllm")
-    error, _ = refusal()
-    assert (
-        error == "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or say auto"
-    )
+    assert refusal()[0].startswith("hardware.engine: vllm is not installed")
+
+
+def test_a_gpu_that_torch_cannot_use(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A night on the processor, because the driver is too old, is prevented; one that was asked for is not."""
+    (workplace / "no-driver").touch()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert re.match(r"GPU: torch 2.+ finds none, though the driver is here", refusal()[0])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "1 process on CPU" in output()
 
 
 def test_no_torch(workplace: Path) -> None:
@@ -269,7 +271,7 @@ def fits(gpu_memory: float | None = None) -> dict[str, list[str]]:
     """The cells of the table by stage."""
     stream = io.StringIO()
     check.main(Console(file=stream, width=120), gpu_memory)
-    table = stream.getvalue().split("rows at once")[1].split("Prompts")[0]
+    table = re.split("rows at once|room for|first prompts", stream.getvalue())[1]
     lines = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
     return {line[0]: line[1:] for line in lines if len(line) == 4}
 
@@ -320,6 +322,62 @@ def test_several_devices(workplace: Path) -> None:
     assert fits(80)["dpo"][1] == "2 pairs x 4 processes x 2 passes = 16"
 
 
+def room(*, gpus: int = 0) -> dict[str, float]:
+    """What each disk, and the host's memory, must have free, in GB."""
+    params = load_params()
+    shape = check.find_shape(params)
+    assert shape
+    devices = [memory.Device("GPU", True, 2**36, 2**36)] * gpus or [memory.cpu_device(1)]
+    return {what: need / 1e9 for what, need, _ in check.needed_room(params, shape, devices)}
+
+
+def test_too_little_room_ends_in_an_error(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After everything else was shown; and not where another machine is asked about."""
+    use_abel(workplace)
+    full = shutil.disk_usage(workplace)._replace(free=30 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: full)
+    error, text = refusal()
+    what = "disk: base model, DVC's copy, training"
+    assert re.fullmatch(what + r": 3\d\.\d GB are needed and 30\.0 GB are free \(docs/.+\)", error)
+    assert re.search(what + r" +3\d\.\d GB +30\.0 GB +no", text) and "evaluate, style plain" in text.replace(
+        ":", ","
+    )
+    assert fits(80)
+
+
+def test_room_for_the_model_is_needed_once_where_dvc_links(workplace: Path) -> None:
+    """Not again for what is there already, and never for what other disks hold."""
+    use_abel(workplace)
+    (copied,) = room().values()
+    (workplace / ".dvc").mkdir()
+    config = workplace / ".dvc" / "config"
+    config.write_text("[cache]\n    type = hardlink,copy\n")
+    before = sorted(workplace.rglob("*"))
+    (linked,) = room().values()
+    assert copied - linked == pytest.approx(14.5, abs=0.1)  # 7.24 thousand million weights of 2 bytes
+    assert sorted(workplace.rglob("*")) == before
+
+    half = workplace / ".work" / "base" / "fingerprint" / "piece"
+    half.parent.mkdir(parents=True)
+    with half.open("wb") as file:
+        file.truncate(7 * 10**9)  # a file without content takes no room here
+    assert sum(room().values()) == pytest.approx(linked - 7)
+
+    elsewhere = Path("/dev/shm")
+    if elsewhere.stat().st_dev != workplace.stat().st_dev:  # no hard link leads there
+        config.write_text(f"[cache]\n    type = hardlink,copy\n    dir = {elsewhere}/none/cache\n")
+        assert list(room()) == ["disk: base model, training", "disk: DVC's copy"]
+
+    save_base(workplace, None)
+    assert list(room()) == ["disk: training"]
+
+
+def test_each_gpu_needs_the_model_in_the_hosts_memory_once(workplace: Path) -> None:
+    """It is loaded there first, by every process."""
+    use_abel(workplace)
+    assert room(gpus=8)["memory: base model, on its way to each GPU"] == pytest.approx(8 * 14.5, abs=0.5)
+
+
 def test_unknown_before_download(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub model's shape is in its config, and there is no guessing it."""
     use_abel(workplace)
@@ -328,7 +386,7 @@ def test_unknown_before_download(workplace: Path, monkeypatch: pytest.MonkeyPatc
     change(workplace, HUB, hub)
     text = output()
     assert "known once the model's config is here: `dvc repro base`" in text
-    assert "rows at once" not in text
+    assert "rows at once" not in text and "room for" not in text
 
     # Once `base` ran, its config says it; the profile's precision counts.
     folder = workplace / "checkpoints" / "base"

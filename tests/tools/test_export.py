@@ -6,6 +6,7 @@ The models are random and small; tests/pipeline/test_export.py exports a trained
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -20,158 +21,90 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from tokenizers import processors
-from transformers import MistralConfig, MistralForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.core.answers import read_answer
-from stages.core.errors import UserError
-from stages.core.params import BuiltModel, load_params
-from stages.core.paths import ADAPTERS
-from stages.core.policy import adapter_config, adapter_weights, load_policy, save_adapter
-from stages.core.prompts import prompt_ids
-from stages.core.records import read_jsonl, write_json, write_jsonl
-from stages.core.stage import write_manifest
-from stages.core.stats import summarise
-from stages.engine.base import Request
-from stages.engine.choose import make_engine
-from stages.tiny.model import build_tokenizer
+from stages.policy.adapter import adapter_config, adapter_weights, load_policy, save_adapter
+from stages.run.errors import UserError
+from stages.run.files import read_jsonl, write_json, write_jsonl
+from stages.run.params import load_params
+from stages.run.paths import ADAPTERS, BASE, DPO_ADAPTER, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL
+from stages.run.stage import write_manifest
+from stages.stats.one import summarise
+from stages.text.answers import read_answer
 from stages.tools import export
+from stages.tools.show import new_console
+from tests.tools.random_run import greedy, make_project
 
-REPO = Path(__file__).resolve().parents[2]
-SMALL = REPO / "tests" / "small"
-BASE = Path("checkpoints/base")
-LIMIT = 64  # evaluate.max_new_tokens
 QUESTIONS = [export.EXAMPLE, *(f"Ben has {n} pens and gets {n + 1}. How many?" for n in range(7))]
-CHAT = (
-    "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}model: <think>\n{% endif %}"
-)
 CHAT_PROMPT = {
     "chat": True, "system": "It's `brief` \"here\".", "opening": "<think>\n", "default": "plain",
     "styles": {"plain": "{question}\nEnd it with '#### '.", "direct": "{question}"},
     "completion": "<think>\n{solution}",
 }  # fmt: skip
+WEIGHTS = "adapter_model.safetensors"
 
 
-def make(
-    root: Path, prompt: dict[str, Any] | None = None, begins: bool = False, policies: Iterable[str] = ADAPTERS
-) -> None:
+def make(root: Path, policies: Iterable[str] = ADAPTERS, **options: Any) -> None:
     """A run by hand in `root`: random base and adapters, evaluated, with the manifests a run writes."""
-    from ruamel.yaml import YAML
-
-    (root / "profiles").mkdir(parents=True)
-    (root / "params.yaml").write_text((SMALL / "params.yaml").read_text())
-    profile = YAML(typ="safe").load((SMALL / "profiles" / "small.yaml").read_text())
-    profile["prompt"] = prompt or profile["prompt"]
-    (root / "profiles" / "small.yaml").write_text(json.dumps(profile))
+    model = make_project(root, **options)
     with contextlib.chdir(root):
-        _make_checkpoints(bool(prompt), begins)
+        _make_checkpoints(model)
         _make_evaluations(policies)
 
 
-def _make_checkpoints(chat: bool, begins: bool) -> None:
-    params = load_params()
-    assert isinstance(params.model, BuiltModel)
-    tokenizer = build_tokenizer(params.model, [(QUESTIONS[0], "3*4=12\n#### 12")])
-    if chat:
-        tokenizer.chat_template = CHAT
-    if begins:
-        one = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
-        tokenizer.backend_tokenizer.post_processor = one
-    torch.manual_seed(4)
-    model = MistralForCausalLM(
-        MistralConfig(
-            vocab_size=len(tokenizer) + 9, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.25, sliding_window=None,
-        )
-    )  # fmt: skip
-    declared = model.generation_config
-    declared.eos_token_id, declared.pad_token_id = [2, *range(40, 44)], 0
-    declared.repetition_penalty, declared.do_sample, declared.temperature, declared.top_k = 1.9, True, 0.5, 3
-    model.save_pretrained(BASE)
-    tokenizer.save_pretrained(BASE)
+def _make_checkpoints(model: Any) -> None:
     for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
         values = json.loads((BASE / name).read_text())
         (BASE / name).write_text(json.dumps({**values, key: "/home/someone/model"}))
-    sections = params.model_dump(mode="json")
+    sections = load_params().model_dump(mode="json")
     hub = {"source": "hub", "id": "some_one/A|b*<i>", "revision": "c0ffee"}
     write_manifest({"stage": "base", "params": {"model": hub}, "inputs": {}}, [BASE])
-    platinum = Path("data/gsm8k/platinum.jsonl")
-    platinum.parent.mkdir(parents=True)
-    write_jsonl(
-        platinum, [{"id": f"p{n}", "question": text, "gold": "1"} for n, text in enumerate(QUESTIONS)]
-    )
-    data = {
-        "source": "files",
-        "train": "/home/someone/train.jsonl",
-        "platinum": "/home/someone/p.jsonl",
-        "valid": 3,
-    }
-    write_manifest({"stage": "prepare", "params": {"data": data}, "inputs": {}}, [platinum.parent])
-    tuned = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for number, (stage, folder) in enumerate((name, path) for name, path in ADAPTERS.items() if path):
-        torch.manual_seed(number)
-        for name, weight in tuned.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.05)
-        folder.mkdir()
-        save_adapter(adapter_weights(tuned), adapter_config(tuned), folder)
-        used = {name: sections[name] for name in (stage, "prompt", "seed")}
-        write_manifest(
-            {"stage": stage, "params": used, "inputs": {"checkpoints/base": sum_of(BASE)}}, [folder]
-        )
+    PLATINUM.parent.mkdir(parents=True)
+    rows = [{"id": f"p{n}", "question": text, "gold": "1"} for n, text in enumerate(QUESTIONS)]
+    write_jsonl(PLATINUM, rows)
+    data = {"source": "files", "train": "/home/someone/train.jsonl", "platinum": "/home/someone/p.jsonl"}
+    write_manifest({"stage": "prepare", "params": {"data": data}, "inputs": {}}, [PLATINUM.parent])
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, lora)
+    for stage, folder in ADAPTERS.items():
+        if folder:
+            for name, weight in tuned.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(weight, std=0.05)
+            folder.mkdir()
+            save_adapter(adapter_weights(tuned), adapter_config(tuned), folder)
+            used = {name: sections[name] for name in (stage, "prompt", "seed")}
+            inputs = {BASE.as_posix(): sha256(BASE)}
+            write_manifest({"stage": stage, "params": used, "inputs": inputs}, [folder])
 
 
-def sum_of(path: Path) -> str:
+def sha256(path: Path) -> str:
     return hashlib.sha256((path / "manifest.json" if path.is_dir() else path).read_bytes()).hexdigest()
 
 
 def _make_evaluations(policies: Iterable[str]) -> None:
     """Greedy answers as the evaluation makes them; the verdicts are made up, so that there are some of both."""
-    params = load_params()
+    sections = load_params().model_dump(mode="json")
     for policy in policies:
         place, adapter = list(ADAPTERS).index(policy), ADAPTERS[policy]
-        model, tokenizer = load_policy(adapter)
-        asked = [
-            Request(str(n), tuple(prompt_ids(tokenizer, params.prompt, q)), LIMIT)
-            for n, q in enumerate(QUESTIONS)
-        ]
-        found = {one.id: one for one in make_engine(model, tokenizer, params.hardware).generate(asked)}
         rows = []
-        for number, question in enumerate(QUESTIONS):
-            one = found[str(number)]
-            text = params.prompt.opening + tokenizer.decode(one.tokens, skip_special_tokens=True)
-            answer, correct = read_answer(text, question).answer, number <= 2 * place
+        for number, (text, tokens, finish) in enumerate(greedy(adapter, QUESTIONS)):
+            answer, correct = read_answer(text, QUESTIONS[number]).answer, number <= 2 * place
             graded = {
                 "completion": text,
                 "answer": answer,
                 "correct": correct,
-                "tokens": len(one.tokens),
-                "finish": one.finish,
+                "tokens": tokens,
+                "finish": finish,
             }
             more = {"leak": False, "answers_found": 1, "flexible_answer": answer, "flexible_correct": correct}
-            rows.append(
-                {
-                    "id": f"p{number}",
-                    "question": question,
-                    "gold": "1",
-                    **graded,
-                    **more,
-                    "samples": [graded] * 2,
-                }
-            )
-        paths = [Path(f"data/platinum_eval/{policy}.jsonl"), Path(f"metrics/platinum_details/{policy}.json")]
+            rows.append({"id": f"p{number}", "question": QUESTIONS[number], "gold": "1", **graded, **more})
+        paths = [PLATINUM_EVAL / f"{policy}.jsonl", PLATINUM_DETAILS / f"{policy}.json"]
         write_jsonl(paths[0], rows)
         write_json(paths[1], summarise(rows, 0))
-        inputs = {
-            path.as_posix(): sum_of(path)
-            for path in (Path("data/gsm8k/platinum.jsonl"), BASE, adapter)
-            if path
-        }
-        used = {name: params.model_dump(mode="json")[name] for name in ("evaluate", "prompt", "seed")}
+        inputs = {path.as_posix(): sha256(path) for path in (PLATINUM, BASE, adapter) if path}
+        used = {name: sections[name] for name in ("evaluate", "prompt", "seed")}
         write_manifest({"stage": f"evaluate@{policy}", "params": used, "inputs": inputs}, paths)
 
 
@@ -190,29 +123,26 @@ def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "project"
 
 
-def exported(folder: Path, **options: Any) -> tuple[dict[str, Any], str]:
-    """The facts, and what was printed."""
+def exported(folder: Path, **options: Any) -> tuple[dict[str, Any], str, str]:
+    """The facts, the card on one line, and what was printed."""
     stream = io.StringIO()
-    export.main(folder, console=Console(file=stream, width=80, highlight=False), **options)
-    return json.loads((folder / export.FACTS).read_text()), stream.getvalue()
-
-
-def code_of(folder: Path) -> str:
-    return re.findall(
-        r"^```+python\n(.*?)^```+$", (folder / export.CARD).read_text(), re.MULTILINE | re.DOTALL
-    )[0]
+    export.main(folder, console=new_console(file=stream, width=80), **options)
+    card = " ".join((folder / export.CARD).read_text().split())
+    return json.loads((folder / export.FACTS).read_text()), card, stream.getvalue()
 
 
 def run_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What the card's own code prints."""
     capsys.readouterr()
+    text = (folder / export.CARD).read_text()
+    code = re.findall(r"^```+python\n(.*?)^```+$", text, re.MULTILINE | re.DOTALL)[0]
     with contextlib.chdir(folder):
-        exec(compile(code_of(folder), "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), {})
     return capsys.readouterr().out.removesuffix("\n")
 
 
 def evaluated(policy: str) -> list[dict[str, Any]]:
-    return list(read_jsonl(Path(f"data/platinum_eval/{policy}.jsonl")))
+    return list(read_jsonl(PLATINUM_EVAL / f"{policy}.jsonl"))
 
 
 @pytest.mark.parametrize("policy", ["base", "sft", "dpo"])
@@ -220,63 +150,57 @@ def test_the_card_s_code_gives_the_evaluation_s_answer(
     project: Path, capsys: pytest.CaptureFixture[str], policy: str
 ) -> None:
     """All of the declared end tokens end it; the base's penalties and sampling do not count."""
-    facts, words = exported(project.parent / policy, policy=policy)
+    facts, _, printed = exported(project.parent / policy, policy=policy)
     assert run_card(project.parent / policy, capsys) == evaluated(policy)[0]["completion"]
     found = facts["unmerged"]
     assert (found["questions"], found["changed_answers"], found["changed_texts"]) == (8, 0, 0)
     assert found["largest_logit_difference"] < 1e-4
     assert found["logit_positions"] == sum(row["tokens"] + 1 for row in evaluated(policy))
-    assert "0 greedy answers changed (0%)" in words
+    assert "0 greedy answers changed (0%)" in printed
 
 
 def test_a_tokenizer_that_begins_by_itself_and_one_that_does_not(project: Path, tmp_path: Path) -> None:
-    exported(tmp_path / "a", questions=0)
-    assert "Sent as text, it needs `<s>` in front" in (tmp_path / "a" / export.CARD).read_text()
+    assert "Sent as text, it needs `<s>` in front" in exported(tmp_path / "a", questions=0)[1]
     make(tmp_path / "begins", begins=True, policies=[])
     with contextlib.chdir(tmp_path / "begins"):
-        exported(tmp_path / "b", questions=0)
-    assert "As text it can be sent as it is" in (tmp_path / "b" / export.CARD).read_text()
+        assert "As text it can be sent as it is" in exported(tmp_path / "b", questions=0)[1]
 
 
 def test_a_chat_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path / "chat", CHAT_PROMPT, policies=["dpo"])
+    make(tmp_path / "chat", prompt=CHAT_PROMPT, policies=["dpo"])
     with contextlib.chdir(tmp_path / "chat"):
-        exported(tmp_path / "out")
+        card = exported(tmp_path / "out")[1]
         assert run_card(tmp_path / "out", capsys) == evaluated("dpo")[0]["completion"]
-    assert "`<think>`" in (tmp_path / "out" / export.CARD).read_text()
+    assert "opens the answer with `<think>`" in card and "It's `brief`" in card
 
 
 def test_the_result_is_that_of_these_weights(project: Path, tmp_path: Path) -> None:
-    facts, words = exported(tmp_path / "a", questions=3)
+    facts, card, printed = exported(tmp_path / "a", questions=3)
     assert (facts["result"]["questions"], facts["result"]["accuracy"]) == (8, 5 / 8)
-    assert [(one["with"], one["gained"], one["lost"]) for one in facts["comparisons"]] == [
-        ("base", 4, 0),
-        ("SFT", 2, 0),
-    ]
-    card = " ".join((tmp_path / "a" / export.CARD).read_text().split())
+    compared = [(one["with"], one["gained"], one["lost"]) for one in facts["comparisons"]]
+    assert compared == [("base", 4, 0), ("SFT", 2, 0)]
     assert "8 questions, greedy decoding: **62.5 %** (95 % interval 30.6 % to 86.3 %)" in card
     assert "Against SFT on the same questions: +25.0 points" in card
-    assert "62.5 % (30.6–86.3)" in words
-    # An evaluation of other weights, changed numbers and none at all are no result.
-    details = Path("metrics/platinum_details/dpo.json")
+    assert "62.5 % (30.6–86.3)" in printed
+    # Changed figures are no result, and neither is no evaluation.
+    details = PLATINUM_DETAILS / "dpo.json"
     details.write_text(details.read_text().replace("0.625", "0.925"))
     assert exported(tmp_path / "b", questions=0)[0]["result"] is None
-    rows = Path("data/platinum_eval/dpo.manifest.json")
-    rows.unlink()
-    facts, words = exported(tmp_path / "c", questions=0)
+    (PLATINUM_EVAL / "dpo.manifest.json").unlink()
+    facts, card, printed = exported(tmp_path / "c", questions=0)
     assert facts["result"] is None and facts["comparisons"] == []
-    assert "Platinum: no evaluation of it is here" in words
-    assert "No result: no evaluation of it is here." in (tmp_path / "c" / export.CARD).read_text()
+    assert "Platinum: no evaluation of it is here" in printed
+    assert "No result: no evaluation of it is here." in card
 
 
 def test_changed_weights_are_not_exported_and_changed_parents_are_told(project: Path, tmp_path: Path) -> None:
-    Path("data/gsm8k/platinum.jsonl").write_text('{"id": "p0", "question": "Why?", "gold": "1"}\n')
-    facts, words = exported(tmp_path / "a", questions=0)
+    PLATINUM.write_text('{"id": "p0", "question": "Why?", "gold": "1"}\n')
+    facts, card, printed = exported(tmp_path / "a", questions=0)
     assert facts["result"] is None
-    assert any("data/gsm8k/platinum.jsonl" in link for link in facts["broken"])
-    assert "WARNING data/gsm8k/platinum.jsonl" in words
-    assert "Take the settings below with care" in (tmp_path / "a" / export.CARD).read_text()
-    weights = Path("checkpoints/dpo_coherence_lora/adapter_model.safetensors")
+    assert any(PLATINUM.as_posix() in link for link in facts["broken"])
+    assert f"WARNING {PLATINUM}" in printed
+    assert "Take the settings below with care" in card
+    weights = DPO_ADAPTER / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors, written by dpo, differs"):
         exported(tmp_path / "b")
@@ -287,42 +211,62 @@ def test_changed_weights_are_not_exported_and_changed_parents_are_told(project: 
 
 
 def test_nothing_private_is_in_the_folder_and_text_is_escaped(project: Path, tmp_path: Path) -> None:
-    exported(tmp_path / "a")
+    card = exported(tmp_path / "a")[1]
     for path in (tmp_path / "a").iterdir():
         text = path.read_bytes()
         assert b"/home/someone" not in text and str(tmp_path).encode() not in text, path
-    card = (tmp_path / "a" / export.CARD).read_text()
-    head = card.split("---\n")[1]
-    assert 'base_model: "some_one/A|b*<i>"' in head
-    assert re.search(r"^# license: ", head, re.MULTILINE)
+    assert 'base_model: "some_one/A|b*<i>"' in card and "# license: " in card
     assert r"# A\|b\*\<i\>, SFT and DPO" in card
     assert "revision c0ffee" in card
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {0o666 & ~_umask()}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_markdown_filters() -> None:
-    assert export.inline_code("a `b` c") == "``a `b` c``"
-    assert export.inline_code("`b`") == "`` `b` ``"
-    assert export.fenced("```\nx\n```", "python") == "````python\n```\nx\n```\n````"
+    readable = (tmp_path / "a" / export.FACTS).stat().st_mode & 0o777
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a").iterdir()} == {readable}
+    assert export.code("a `b` c") == "`` a `b` c ``"
+    assert export.code("```\nx\n```", "python") == "````python\n```\nx\n```\n````"
     assert export.escape_markdown("a\n<b> & [c](d) _e_") == r"a \<b\> &amp; \[c\](d) \_e\_"
 
 
-def test_precision_and_shards(project: Path, tmp_path: Path) -> None:
-    facts, words = exported(tmp_path / "a", precision="bf16", max_shard_size="20KB", questions=2)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [None, "bf16", "fp16", "fp32"])
+def test_the_sum_is_made_in_32_bits_and_rounded_once(
+    project: Path, base: torch.dtype, precision: str | None
+) -> None:
+    AutoModelForCausalLM.from_pretrained(BASE, dtype=base).save_pretrained(BASE)
+    facts = export.write_model("dpo", precision, "20KB", 64, project.parent)
+    written: dict[str, torch.Tensor] = {}
+    for file in project.parent.glob("model-*.safetensors"):
+        written |= load_file(file)
+        assert file.stat().st_size < 40_000
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: base}[precision]
+    adapter = load_file(DPO_ADAPTER / WEIGHTS)
+    before = load_file(BASE / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert facts["parameters"] == sum(weight.numel() for weight in before.values())
+    for name, weight in before.items():
+        halves = [f"base_model.model.{name.removesuffix('weight')}lora_{half}.weight" for half in "BA"]
+        exact = weight.float()
+        if halves[0] in adapter:
+            exact = exact + 2 * (adapter[halves[0]] @ adapter[halves[1]])
+        assert torch.equal(written[name], exact.to(wanted)), name
+
+
+def test_a_weight_too_large_for_fp16(project: Path) -> None:
+    weights = load_file(BASE / "model.safetensors")
+    weights["model.norm.weight"][0] = 70_000
+    save_file(weights, BASE / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight: is too large for torch\.float16; choose"):
+        export.write_model("dpo", "fp16", "4GB", 64, project.parent / "out")
+    assert export.write_model("dpo", "bf16", "4GB", 64, project.parent / "out")["precision"] == "bf16"
+
+
+def test_another_precision(project: Path, tmp_path: Path) -> None:
+    facts, _, printed = exported(tmp_path / "a", precision="bf16", max_shard_size="20KB", questions=2)
     assert facts["precision"] == "bf16" and len(facts["files"]) > 1
-    assert 0 < facts["merge"]["rounding"] < 0.5
-    assert "Rounding the sums to bf16 moves the weights by" in words
-    model, _ = load_policy(None, tmp_path / "a")
-    assert model.dtype == torch.bfloat16
-    facts, _ = exported(tmp_path / "b", questions=0)
+    assert "dpo in bf16" in printed
+    assert facts["unmerged"]["largest_logit_difference"] > 1e-3
+    assert load_policy(None, tmp_path / "a")[0].dtype == torch.bfloat16
+    facts, card, _ = exported(tmp_path / "b", questions=0)
     assert facts["precision"] == "fp32"  # the base's
-    assert "not compared with that policy" in (tmp_path / "b" / export.CARD).read_text()
+    assert "not compared with that policy" in card
 
 
 @pytest.mark.parametrize(
@@ -332,12 +276,12 @@ def test_precision_and_shards(project: Path, tmp_path: Path) -> None:
         ("../x", {"precision": "int8"}, "'int8' is unknown; choose one of bf16, fp16, fp32"),
         ("../x", {"max_shard_size": "big"}, "say it as 500MB or 4GB"),
         ("../x", {"max_shard_size": "0GB"}, "say it as 500MB or 4GB"),
-        ("checkpoints/base/x", {}, "is checkpoints/base; name a new folder"),
-        (".", {"force": True}, "is where this project lies"),
-        ("..", {"force": True}, "is where this project lies"),
+        ("checkpoints/base/x", {}, "must lie outside of this project"),
+        (".", {"force": True}, "must lie outside of this project"),
+        ("..", {"force": True}, "must lie outside of this project"),
         ("../full", {"force": True}, "is not empty and no earlier export"),
         ("../file", {}, "exists and is no folder"),
-        ("../file/x", {}, "cannot be written"),
+        ("../file/x", {}, "not exported ([Errno 17] File exists: '../file')"),
         ("../link", {}, "exists and is no folder"),
     ],
 )
@@ -362,14 +306,22 @@ def test_an_earlier_export_is_replaced_only_by_force_and_whole(
     with pytest.raises(UserError, match="holds an earlier export; --force replaces it"):
         exported(tmp_path / "a", questions=0)
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def fail(error: BaseException) -> Any:
+        def failing(*_: Any, **__: Any) -> None:
+            raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(export, "compare_with_unmerged", interrupted)
-        for name in ("a", "b"):
-            with pytest.raises(KeyboardInterrupt):
-                exported(tmp_path / name, force=True)
+        return failing
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for owner, name, error, wanted in (
+        (export, "compare_with_unmerged", KeyboardInterrupt(), KeyboardInterrupt),
+        (PreTrainedModel, "save_pretrained", full, UserError),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail(error))
+            for folder in ("a", "b"):
+                with pytest.raises(wanted):
+                    exported(tmp_path / folder, force=True)
     assert json.loads((tmp_path / "a" / export.FACTS).read_text())["policy"] == "sft"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "project"]
     assert exported(tmp_path / "a", force=True, questions=0)[0]["policy"] == "dpo"
@@ -386,8 +338,9 @@ def test_what_a_killed_export_left_is_removed(project: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(kept)
 
 
-def test_checkpoints_without_a_manifest_or_of_another_version(project: Path, tmp_path: Path) -> None:
-    manifest = Path("checkpoints/dpo_coherence_lora/manifest.json")
+def test_checkpoints_that_cannot_be_exported(project: Path, tmp_path: Path) -> None:
+    """Of another version of the project, without a manifest, and not here at all."""
+    manifest = DPO_ADAPTER / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "params": {"prompt": {"template": "{question}"}}}))
     with pytest.raises(UserError, match="dpo was made by another version of this project"):
@@ -395,30 +348,7 @@ def test_checkpoints_without_a_manifest_or_of_another_version(project: Path, tmp
     manifest.unlink()
     with pytest.raises(UserError, match=r"dpo_coherence_lora: has no manifest\.json"):
         exported(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-
-
-def test_checkpoints_that_are_not_here_and_a_full_disk(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"0\.0 GB are free, the export takes 0\.0 GB"),
-    ):
-        patch.setattr(shutil, "disk_usage", lambda path: usage)
-        exported(tmp_path / "a")
-    shutil.rmtree("checkpoints/dpo_coherence_lora")
-    with pytest.raises(
-        UserError, match=r"dpo_coherence_lora: is missing; run `dvc repro` to train it, or `dvc pull`"
-    ):
+    shutil.rmtree(DPO_ADAPTER)
+    with pytest.raises(UserError, match="lora: is missing; run `dvc repro` to train it, or `dvc pull`"):
         exported(tmp_path / "a")
     assert not (tmp_path / "a").exists()
-
-
-def test_a_folder_that_git_would_take_is_told(project: Path) -> None:
-    subprocess.run(["git", "init", "--quiet"], check=True)
-    Path(".gitignore").write_text("/ignored/\n")
-    for name, told in (("seen", True), ("ignored", False)):
-        words = exported(Path(name), policy="base", questions=0)[1]
-        assert ("`git add` would take the weights" in " ".join(words.split())) is told

@@ -1,22 +1,20 @@
-"""grade: logs of any shape get the pipeline's own verdicts, in pieces, and a bad line is named."""
+"""grade: logs of any shape get the pipeline's own verdicts, and a bad line is named."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from stages.core.errors import UserError
-from stages.core.stats import summarise, wilson
+from stages.run.errors import UserError
+from stages.stats.one import summarise, wilson
 from stages.tools import grade
-from stages.tools.grade import Fields
+from stages.tools.grade import FieldNames
+from tests.tools.screen import printed, words
 
 REPO = Path(__file__).resolve().parents[2]
 PUBLISHED = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
@@ -33,14 +31,12 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_of(capsys: pytest.CaptureFixture[str], *files: str, **options: Any) -> dict[str, Any]:
-    grade.main(files, options.pop("fields", Fields()), as_json=True, **options)
+    grade.main(files, options.pop("fields", FieldNames()), as_json=True, **options)
     return json.loads(capsys.readouterr().out)
 
 
 def shown(*files: str, **options: Any) -> str:
-    stream = io.StringIO()
-    grade.main(files, options.pop("fields", Fields()), **options, console=Console(file=stream, width=80))
-    return stream.getvalue()
+    return printed(grade.main, files, options.pop("fields", FieldNames()), **options)
 
 
 # --- verdicts
@@ -53,7 +49,7 @@ def test_every_published_verdict(
 ) -> None:
     """OpenAI's own verdicts on 1,319 solutions by each of four models."""
     out = tmp_path / "graded.jsonl"
-    fields = Fields(f"{model}.solution", "ground_truth")
+    fields = FieldNames(f"{model}.solution", "ground_truth")
     metrics = metrics_of(capsys, str(PUBLISHED), fields=fields, out=out)
     graded = rows_of(out)
     assert len(graded) == metrics["questions"] == 1319
@@ -77,18 +73,18 @@ LM_EVAL = {
 @pytest.mark.parametrize(
     ("record", "fields"),
     [
-        (LM_EVAL, Fields("resps", "target", "doc.question", "doc_id")),
-        (LM_EVAL, Fields("resps.0.0", "doc.answer", "doc.question", "doc_id")),
-        ({"q": "How many eggs?", "text": "#### 13", "n": 13, "k": 7}, Fields("text", "n", "q", "k")),
-        ({"q": "How many eggs?", "text": ["A: 13"], "n": 13.0, "k": 7}, Fields("text", "n", "q", "k")),
+        (LM_EVAL, FieldNames("resps", "target", "doc.question", "doc_id")),
+        (LM_EVAL, FieldNames("resps.0.0", "doc.answer", "doc.question", "doc_id")),
+        ({"q": "How many eggs?", "text": "#### 13", "n": 13, "k": 7}, FieldNames("text", "n", "q", "k")),
+        ({"q": "How many eggs?", "text": ["A: 13"], "n": 13.0, "k": 7}, FieldNames("text", "n", "q", "k")),
         (
             {"in": {"q": "How many eggs?", "k": 7}, "choices": [{"message": {"content": "#### 13"}}], "n": ["A: 13"]},
-            Fields("choices.0.message.content", "n", "in.q", "in.k"),
+            FieldNames("choices.0.message.content", "n", "in.q", "in.k"),
         ),
-        ({"a.b": "#### 13", "gold": "$13 dollars.", "id": 7, "question": "How many eggs?"}, Fields("a.b")),
+        ({"a.b": "#### 13", "gold": "$13 dollars.", "id": 7, "question": "How many eggs?"}, FieldNames("a.b")),
     ],
 )  # fmt: skip
-def test_shapes_of_logs(record: dict[str, Any], fields: Fields) -> None:
+def test_shapes_of_logs(record: dict[str, Any], fields: FieldNames) -> None:
     """lm-evaluation-harness, chat completions, lists of one text; golds as numbers, texts, plain answers."""
     row = grade.grade(record, fields)
     assert (row["id"], row["question"], row["gold"], row["answer"]) == (7, "How many eggs?", "13", "13")
@@ -101,7 +97,7 @@ def test_shapes_of_logs(record: dict[str, Any], fields: Fields) -> None:
      ("18", "18"), ("007", "7"), ("-0", "0"), ("1/3", "1/3"), ("$70 000.00", "70000")],
 )  # fmt: skip
 def test_gold_is_read_as_a_person_would(gold: Any, canonical: str) -> None:
-    row = grade.grade({"completion": f"#### {canonical}", "gold": gold}, Fields())
+    row = grade.grade({"completion": f"#### {canonical}", "gold": gold}, FieldNames())
     assert (row["gold"], row["correct"]) == (canonical, True)
 
 
@@ -109,8 +105,8 @@ def test_the_question_tells_a_repeated_prompt_from_the_answer() -> None:
     """Without the question, the prompt's own `#### 42` would be the answer."""
     question = "Say it as #### 42. How many eggs?"
     record = {"completion": f"{question}\nShe has 13.\n#### 13", "gold": 13}
-    assert grade.grade(record, Fields())["answer"] == "42"
-    row = grade.grade({**record, "question": question}, Fields())
+    assert grade.grade(record, FieldNames())["answer"] == "42"
+    row = grade.grade({**record, "question": question}, FieldNames())
     assert (row["answer"], row["leak"]) == ("13", True)
 
 
@@ -127,7 +123,7 @@ def test_own_evaluation_is_reproduced_byte_for_byte(tmp_path: Path) -> None:
     }  # fmt: skip
     log, out = tmp_path / "log.jsonl", tmp_path / "out.jsonl"
     log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    grade.main([str(log)], Fields(), out, console=Console(file=io.StringIO()))
+    shown(str(log), out=out)
     assert out.read_bytes() == log.read_bytes()
 
 
@@ -136,15 +132,15 @@ def test_what_a_verdict_replaces_is_kept(tmp_path: Path) -> None:
     record = {"question": "?", "answer": "2+2\n#### 4", "correct": "yes", "completion": ["#### 5"], "x": 1}
     log, once, twice = (tmp_path / name for name in ("log.jsonl", "once.jsonl", "twice.jsonl"))
     write(log, [record])
-    shown(str(log), fields=Fields(gold="answer"), out=once)
+    shown(str(log), fields=FieldNames(gold="answer"), out=once)
     [row] = rows_of(once)
-    assert (row["gold"], row["answer"], row["correct"], row["completion"], row["x"]) == (
+    assert [row[name] for name in ("gold", "answer", "correct", "completion", "x")] == [
         "4",
         "5",
         False,
         "#### 5",
         1,
-    )
+    ]
     assert row["original"] == {name: record[name] for name in ("answer", "correct", "completion")}
     shown(str(once), out=twice)
     assert twice.read_bytes() == once.read_bytes()
@@ -170,39 +166,32 @@ def made_log(count: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def test_in_pieces_and_on_several_cores_all_stays_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Order, metrics and the graded log do not depend on how the work was divided."""
-    log = write(tmp_path / "log.jsonl", made_log(1000))
-    whole = metrics_of(capsys, log, out=tmp_path / "whole.jsonl")
-    monkeypatch.setattr(grade, "PIECE", 5_000)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
-    assert metrics_of(capsys, log, out=tmp_path / "pieces.jsonl") == whole
-    assert (tmp_path / "pieces.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert {name: whole[name] for name in whole if name not in ("files", "bad_lines", "warnings")} == (
-        summarise(rows_of(tmp_path / "whole.jsonl"), 0)
-    )
-    with (tmp_path / "log.jsonl").open("a") as file:
+def test_metrics_are_those_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However much of the log is read at a time, and with the number of the line that is bad."""
+    log, out = write(tmp_path / "log.jsonl", made_log(1000)), tmp_path / "out.jsonl"
+    metrics = metrics_of(capsys, log, out=out)
+    wanted = summarise(rows_of(out), 0)
+    assert {name: metrics[name] for name in wanted} == wanted
+    with pytest.MonkeyPatch.context() as patch, (tmp_path / "log.jsonl").open("a") as file:
         file.write("{}\n")
-    with pytest.raises(UserError, match=r"log\.jsonl:1001: field 'completion' is missing"):
-        metrics_of(capsys, log)
+        file.flush()
+        patch.setattr(grade, "READ_BYTES", 5_000)
+        with pytest.raises(UserError, match=r"log\.jsonl:1001: field 'completion' is missing"):
+            metrics_of(capsys, log)
 
 
 def test_several_files_are_the_parts_of_one_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = made_log(20)
     parts = [write(tmp_path / f"{i}.jsonl", records[10 * i : 10 * i + 10]) for i in range(2)]
-    whole = metrics_of(capsys, write(tmp_path / "all.jsonl", records))
-    assert {**metrics_of(capsys, *parts), "files": whole["files"]} == {
-        **whole, "warnings": [text.replace("all.jsonl", "2 files") for text in whole["warnings"]]
-    }  # fmt: skip
+    whole, in_parts = metrics_of(capsys, write(tmp_path / "all.jsonl", records)), metrics_of(capsys, *parts)
+    assert all(in_parts[name] == whole[name] for name in whole if name not in ("files", "warnings"))
+    assert in_parts["warnings"] == [text.replace("all.jsonl", "2 files") for text in whole["warnings"]]
 
 
 def test_table_and_loud_warnings(tmp_path: Path) -> None:
     text = shown(write(tmp_path / "log.jsonl", made_log(20)))
     assert "20 completions graded" in text and "accuracy" in text and "65.0 %" in text
-    assert "WARNING log.jsonl: 10.0% of the completions were cut" in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert "WARNING log.jsonl: 10.0% of the completions were cut" in words(text)
     bare = shown(write(tmp_path / "bare.jsonl", [{"gold": 1, "completion": "#### 1"}]))
     assert not {"tokens_mean", "truncated", "end_token"} & set(bare.split())
 
@@ -220,7 +209,7 @@ def test_standard_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("{", "not a JSON object in UTF-8"),
         ('"text"', "a JSON object is wanted, found str"),
@@ -237,7 +226,7 @@ def test_standard_input() -> None:
     ],
 )  # fmt: skip
 def test_bad_lines_are_named_or_counted(
-    line: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One clear line; the old output stays. With --skip-bad they are counted and the rest is graded."""
     log, out = tmp_path / "log.jsonl", tmp_path / "out.jsonl"
@@ -245,61 +234,57 @@ def test_bad_lines_are_named_or_counted(
     log.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
     out.write_text("old")
     with pytest.raises(UserError) as error:
-        grade.main([str(log)], Fields(), out)
-    assert str(error.value).startswith(f"{log}:3: ") and words in str(error.value)
+        grade.main([str(log)], FieldNames(), out)
+    assert str(error.value).startswith(f"{log}:3: ") and message in str(error.value)
     assert "\n" not in str(error.value)
     assert out.read_text() == "old"
     metrics = metrics_of(capsys, str(log), skip_bad=True, out=out)
     assert (metrics["questions"], metrics["bad_lines"], metrics["accuracy"]) == (2, 1, 1)
-    assert "bad lines left out: 1, the first: " in shown(str(log), skip_bad=True, out=out)
+    assert "bad lines left out: 1, the first: " in words(shown(str(log), skip_bad=True, out=out))
 
 
 def test_named_fields_must_be_there(tmp_path: Path) -> None:
     """A question or an id that was asked for is not silently left out."""
     log = write(tmp_path / "log.jsonl", [{"completion": "#### 1", "gold": 1, "n": 1.5}])
-    for fields, words in (
-        (Fields(question="prompt"), "field 'prompt' is missing; .*--question"),
-        (Fields(id="doc_id"), "field 'doc_id' is missing; .*--id"),
-        (Fields(id="n"), "field 'n' must be text or a whole number, found 1.5"),
+    for fields, message in (
+        (FieldNames(question="prompt"), "field 'prompt' is missing; .*--question"),
+        (FieldNames(id="doc_id"), "field 'doc_id' is missing; .*--id"),
+        (FieldNames(id="n"), "field 'n' must be text or a whole number, found 1.5"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             grade.main([log], fields)
 
 
 def test_files_that_cannot_be_graded(tmp_path: Path) -> None:
     log = write(tmp_path / "log.jsonl", [{"completion": "#### 1", "gold": 1}])
-    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read \(No such file"):
-        grade.main([str(tmp_path / "none.jsonl")], Fields())
-    with pytest.raises(UserError, match="is the log itself; name another file"):
-        grade.main([log], Fields(), Path(log))
-    with pytest.raises(UserError, match="can be read once only"):
-        grade.main(["-", "-"], Fields())
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="nothing to grade, no records in it"):
-        grade.main([str(tmp_path / "empty.jsonl")], Fields(), tmp_path / "out.jsonl")
-    (tmp_path / "bad.jsonl").write_text("{\n")
-    with pytest.raises(UserError, match=r"all 1 lines are bad: .*bad\.jsonl:1: not a JSON object"):
-        grade.main([str(tmp_path / "bad.jsonl")], Fields(), tmp_path / "out.jsonl", skip_bad=True)
-    assert not (tmp_path / "out.jsonl").exists()
+    for name, text in (("empty", "\n"), ("bad", "{\n")):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    out = tmp_path / "out.jsonl"
+    for files, target, message in (
+        ([str(tmp_path / "none.jsonl")], out, r"none\.jsonl: cannot be read \(No such file"),
+        ([log], Path(log), "is the log itself; name another file"),
+        (["-", "-"], out, "can be read once only"),
+        ([str(tmp_path / "empty.jsonl")], out, "nothing to grade, no records in it"),
+        ([str(tmp_path / "bad.jsonl")], out, r"all 1 lines are bad: .*bad\.jsonl:1: not a JSON object"),
+    ):
+        with pytest.raises(UserError, match=message):
+            grade.main(files, FieldNames(), target, skip_bad=True)
+    assert not out.exists()
 
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
-    """64 MB more of log; the peak of the process that grades it in pieces stays within 24 MB."""
+    """64 MB more of log; the peak of the process stays within 24 MB."""
     code = (
         "import resource, sys; from pathlib import Path; from stages.tools import grade\n"
-        "import os; os.sched_getaffinity = lambda _: {0}\n"
-        "grade.main([sys.argv[1]], grade.Fields(), Path(sys.argv[2]), as_json=True)\n"
+        "grade.main([sys.argv[1]], grade.FieldNames(), Path(sys.argv[2]), as_json=True)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
 
     def peak(megabytes: int) -> int:
         log = tmp_path / f"{megabytes}.jsonl"
-        line = json.dumps(
-            {"id": "q", "gold": 1, "completion": "She has one egg. #### 1", "more": "x" * 16_000}
-        )
+        line = json.dumps({"gold": 1, "completion": "She has one egg. #### 1", "more": "x" * 16_000}) + "\n"
         with log.open("w") as file:
-            for _ in range(megabytes * 1_000_000 // len(line)):
-                file.write(line + "\n")
+            file.writelines(line for _ in range(megabytes * 1_000_000 // len(line)))
         command = [sys.executable, "-c", code, str(log), str(tmp_path / "out.jsonl")]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
         return int(done.stdout.split()[-1])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from stages import prepare
-from stages.core.errors import UserError
-from stages.core.records import write_json
+from stages.run.errors import UserError
+from stages.run.files import write_json
 from stages.tools import runs
+from tests.tools.screen import printed
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
 
@@ -27,12 +26,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def output(versions: bool = False) -> str:
-    stream = io.StringIO()
-    runs.main(versions, Console(file=stream, width=80))
-    return stream.getvalue()
-
-
 def test_a_real_run_is_listed(workplace: Path) -> None:
     """Stage, time, seconds, memory and the revision it ran at, packed by `git gc` or not."""
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
@@ -40,33 +33,24 @@ def test_a_real_run_is_listed(workplace: Path) -> None:
         subprocess.run([*git, *command], check=True)
     revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     prepare.main()
-    text = output()
     pattern = rf"prepare +\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d +\d+\.\d +[\d,]+ +{revision[:7]}"
-    assert re.search(pattern, text)
-    assert "torch" not in text
-    assert re.search(
-        r"^prepare .*: python 3\.\d+\.\d+, torch \S+, transformers ", output(versions=True), re.MULTILINE
-    )
+    text = printed(runs.main)
+    assert re.search(pattern, text) and "torch" not in text
+    text = printed(runs.main, versions=True, width=400)
+    assert re.search(r"^prepare .*: python 3\.\d+\.\d+, torch \S+, transformers ", text, re.MULTILINE)
 
 
 def test_oldest_first_and_a_run_outside_git(workplace: Path) -> None:
     """The order they ran in; no revision is no mistake."""
-    facts: dict[str, object] = {
-        "seconds": 1234.5,
-        "peak_memory_mib": 2048,
-        "revision": None,
-        "python": "3.11.0",
-        "versions": {},
-    }
+    facts = {"seconds": 1234.5, "peak_memory_mib": 2048, "revision": None, "python": "3.11.0", "versions": {}}
     for stage, when in (("sft", "2026-01-02T03:04:05Z"), ("evaluate@dpo", "2026-01-01T00:00:00Z")):
         path = workplace / ".work" / "runs" / f"{when.replace(':', '')}-{stage}.json"
         write_json(path, {"stage": stage, "started": when, **facts})
-    text = output()
+    text = printed(runs.main)
     assert text.index("evaluate@dpo") < text.index("sft")
     assert re.search(r"sft +2026-01-02 03:04:05 +1,234\.5 +2,048 *$", text, re.MULTILINE)
 
 
 def test_nothing_ran_yet(workplace: Path) -> None:
-    """A fresh clone: one line that says what to do."""
     with pytest.raises(UserError, match="no stage has run on this machine yet; run `dvc repro`"):
-        output()
+        runs.main()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.core.answers import gold_answer, read_answer, same_answer
+from stages.text.answers import gold_answer, read_answer, same_answer
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the shared GSM8K files are not on this machine")

@@ -1,4 +1,4 @@
-"""Every key is checked before any work: a mistake is one line with file, line and key."""
+"""Every key is checked before any work, and a mistake is one line with file, line and key."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.errors import UserError
-from stages.core.params import BuiltModel, FilesData, GeneratedData, Sections, load_params
+from stages.run.errors import UserError
+from stages.run.params import BuiltModel, FilesData, GeneratedData, Sections, load_params
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
 RUN = (SMALL / "params.yaml").read_text()
@@ -131,16 +131,21 @@ PROFILE_MISTAKES = {
         "    direct:",
         "prompt.styles.direct: must hold {question}",
     ),
-    "template with two": (
-        ('"{question}\\n"', '"{question} {question}"'),
-        "    direct:",
-        "prompt.styles.direct: must hold {question}",
-    ),
     "completion without answer": (("{solution}", "{steps}"), "  completion:", "prompt.completion: must hold"),
     "system line without chat": (
         ("chat: false", "chat: false\n  system: Be brief."),
         "  system:",
         "prompt.system: a system line needs chat",
+    ),
+    "opening without chat": (
+        ("chat: false", 'chat: false\n  opening: "<think>"'),
+        "  opening:",
+        "prompt.opening: only a chat template can open the answer",
+    ),
+    "completion that does not go on from the opening": (
+        ("chat: false", 'chat: true\n  opening: "<think>"'),
+        "  completion:",
+        "prompt.completion: must begin with opening ('<think>')",
     ),
     "an arm's system line without chat": (
         ("temperature: 0.8,", "system: Be brief., temperature: 0.8,"),

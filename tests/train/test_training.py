@@ -1,11 +1,8 @@
-"""Training done right, on a small random Mistral: what is learned from, what is trained, where DPO starts."""
+"""Training on a small random Mistral: the rows, what is trained, where DPO starts, and what is saved."""
 
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +12,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
 from stages import dpo, sft
-from stages.core.errors import UserError
-from stages.core.params import Dpo, Hardware, Lora, Prompt, Sft
-from stages.core.paths import BASE
-from stages.core.policy import (
+from stages.policy.adapter import (
     adapter_config,
     adapter_weights,
     load_base,
@@ -32,12 +25,16 @@ from stages.core.policy import (
     read_adapter,
     save_adapter,
 )
-from stages.core.prompts import completion_ids, prompt_ids
-from stages.core.training import (
-    COMPLETE,
+from stages.run.errors import UserError
+from stages.run.params import Dpo, Lora, Prompt, Sft
+from stages.run.paths import BASE, PAIRS, TRAIN
+from stages.run.resume import COMPLETE, newest_checkpoint
+from stages.text.prompts import completion_ids, prompt_ids
+from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start
+from stages.train.trainer import (
     InputsAsTheyAre,
+    Rows,
     assert_trainable,
-    newest_checkpoint,
     total_steps,
     trainer_arguments,
     training_order,
@@ -59,14 +56,7 @@ DPO = Dpo(
     warmup_ratio=0.0, max_tokens=80, checkpoint_steps=100, select_steps=100, select_questions=1,
     select_samples=0, select_max_new_tokens=8,
 )  # fmt: skip
-HARDWARE = Hardware(
-    threads=1,
-    processes=1,
-    engine="auto",
-    generation_batch=8,
-    per_device_batch=2,
-    gradient_checkpointing=False,
-)
+TWO_ROWS = Rows(micro_batch=2, accumulation=2, checkpointing=False)
 PROBLEMS = [
     {"question": f"Ann has {a} pens and gets {b}. How many?", "answer": f"{a}+{b}={a + b}.\n#### {a + b}"}
     for a, b in [(1, 3), (2, 2), (3, 1), (1, 4), (2, 3), (3, 2), (4, 1), (5, 5)]
@@ -77,7 +67,7 @@ TEXTS = [f"{row['question']} {row['answer']} Question: Answer: Short answer:" fo
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As the embedded model's, but merging freely, also over the end of a line."""
+    """Like that of the embedded model, but a token may hold the end of a line and what follows."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -90,7 +80,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def llama() -> PreTrainedTokenizerFast:
-    """As Llama 2's and Abel's: `▁` for spaces, one of them put before every text."""
+    """Like those of Llama 2 and Abel: `▁` stands for a space, and one is put before every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(
@@ -121,13 +111,13 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A folder with training problems and pairs, and a run with typed parameters in it."""
+    """A run with typed parameters, in a folder with training problems and pairs."""
     monkeypatch.chdir(tmp_path)
     BASE.parent.mkdir()
     BASE.symlink_to(base_folder)  # where PEFT looks for the base model's config
     for path, rows in {
-        sft.TRAIN: [*PROBLEMS, TOO_LONG],
-        dpo.PAIRS: [
+        TRAIN: [*PROBLEMS, TOO_LONG],
+        PAIRS: [
             {"prompt": row["question"], "chosen": row["answer"], "rejected": "#### 7", "rejected_finish": end}
             for row, end in zip(PROBLEMS, ["stop", "length"] * 4, strict=True)
         ],
@@ -135,9 +125,7 @@ def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return SimpleNamespace(
-        params=SimpleNamespace(sft=SFT, dpo=DPO, prompt=PROMPT, hardware=HARDWARE, seed=3),
-        work=tmp_path / "work",
-        rows_limit=None,
+        params=SimpleNamespace(sft=SFT, dpo=DPO, prompt=PROMPT, seed=3), work=tmp_path / "work"
     )
 
 
@@ -153,15 +141,16 @@ def fresh_adapter(base_folder: Path) -> tuple[Any, Any]:
     return get_peft_model(model, lora), tokenizer
 
 
-def sft_trainer(project: SimpleNamespace, base_folder: Path) -> Any:
+def sft_trainer(project: SimpleNamespace, base_folder: Path, at_once: Rows = TWO_ROWS) -> Any:
     """The trainer of the SFT stage on the project's problems."""
     model, tokenizer = fresh_adapter(base_folder)
     rows, _ = sft.build_rows(project, tokenizer)
-    arguments = trainer_arguments(SFT, project, model, 64) | {"save_strategy": "no"}
+    arguments = trainer_arguments(SFT, 3, model, at_once, project.work) | {"save_strategy": "no"}
+    lengths = [len(row["input_ids"]) for row in rows]
     return sft.RowTrainer(
         model=model,
         args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=training_set(rows, lengths, SFT, 3, at_once.micro_batch),
         processing_class=tokenizer,
     )
 
@@ -193,8 +182,8 @@ def dpo_trainer(
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
     rows, _ = dpo.build_rows(project, tokenizer)
-    arguments = trainer_arguments(DPO, project, model, 64) | {"save_strategy": "no"}
-    trainer = dpo.PairTrainer(
+    arguments = trainer_arguments(DPO, 3, model, TWO_ROWS, project.work) | {"save_strategy": "no"}
+    trainer = PairTrainer(
         model=model,
         args=DPOConfig(**arguments, beta=DPO.beta, loss_type=["sigmoid"], loss_weights=[1.0]),
         train_dataset=Dataset.from_list(rows),
@@ -203,59 +192,29 @@ def dpo_trainer(
     return trainer, rows
 
 
-@pytest.fixture
-def complaints() -> Iterator[list[str]]:
-    """What the training libraries warn of, by logging or by `warnings`."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    loggers = [logging.getLogger(name) for name in ("trl", "transformers", "peft", "accelerate")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield found
-        found += [str(one.message) for one in caught]
-    for logger in loggers:
-        logger.removeHandler(handler)
-
-
-# ---- What is learned from ------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [byte_level, llama])
-def test_prompt_and_completion_meet_between_two_tokens(make: Any, project: SimpleNamespace) -> None:
-    """A training row is the very prompt that generation gives, then the solution, then the end token."""
+def test_an_sft_row_is_prompt_solution_and_end_token(make: Any, project: SimpleNamespace) -> None:
+    """The prompt is the very one of generation and has no loss. The solution and the end token have loss."""
     tokenizer = make()
     rows, too_long = sft.build_rows(project, tokenizer)
     assert (len(rows), too_long) == (len(PROBLEMS), 1)
     styles = set()
     for row, problem in zip(rows, PROBLEMS, strict=True):
-        border = row["labels"].count(-100)
-        style = next(
-            s
-            for s in SFT.styles
-            if row["input_ids"][:border] == prompt_ids(tokenizer, PROMPT, problem["question"], s)
-        )
-        styles.add(style)
-        assert tokenizer.decode(row["input_ids"][border:-1]) == problem["answer"]
-        assert row["input_ids"][-1] == tokenizer.eos_token_id
+        ids, border = row["input_ids"], row["labels"].count(-100)
+        asked = {style: prompt_ids(tokenizer, PROMPT, problem["question"], style) for style in SFT.styles}
+        styles |= {style for style, prompt in asked.items() if prompt == ids[:border]}
+        assert border > 5
+        assert row["labels"] == [-100] * border + ids[border:]
+        assert tokenizer.decode(ids[border:-1]) == problem["answer"]
+        assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert styles == set(SFT.styles)
 
 
-@pytest.mark.parametrize("make", [byte_level, llama])
-def test_loss_is_on_the_completion_and_its_end_alone(make: Any, project: SimpleNamespace) -> None:
-    """No label on the prompt; every token of the completion is one, the end token included."""
-    tokenizer = make()
-    for row in sft.build_rows(project, tokenizer)[0]:
-        border = row["labels"].count(-100)
-        assert border > 5
-        assert row["labels"] == [-100] * border + row["input_ids"][border:]
-        assert row["labels"].count(tokenizer.eos_token_id) == 1
-
-
 def test_a_completion_starts_without_a_space() -> None:
-    """Llama's tokenizers put one before every text; after the prompt's line break it would be learned."""
+    """Llama's tokenizers put one before every text. After the prompt's line break the model would learn it."""
     tokenizer = llama()
     ids = completion_ids(tokenizer, "Ann has 4", ended=False)
     assert not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")
@@ -264,8 +223,8 @@ def test_a_completion_starts_without_a_space() -> None:
     assert [*prompt, *ids] == [tokenizer.bos_token_id, *together]
 
 
-def test_what_the_template_wrote_is_in_the_text_and_not_in_the_tokens() -> None:
-    """R1's template opens the thought: the record shows it, the completion's tokens do not repeat it."""
+def test_the_opening_is_in_the_prompts_tokens_and_not_in_the_completions() -> None:
+    """R1's chat template writes `<think>`. Records show it in the answer, whose tokens must not repeat it."""
     tokenizer = byte_level()
     thought = "4.\n</think>\n\n#### 4"
     ids = completion_ids(tokenizer, "<think>\n" + thought, opening="<think>\n")
@@ -285,26 +244,8 @@ def test_what_the_template_wrote_is_in_the_text_and_not_in_the_tokens() -> None:
         prompt_ids(tokenizer, prompt, "How many?")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"chat": False}, "opening: .* needs chat: true"),
-        ({"completion": "{solution}"}, "must begin with opening"),
-    ],
-)
-def test_an_opening_that_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
-    """Without a chat template nothing is opened; and what SFT teaches must go on from there."""
-    good = {
-        "chat": True, "opening": "<think>\n", "default": "plain", "styles": {"plain": "{question}"},
-        "completion": "<think>\n{solution}",
-    }  # fmt: skip
-    Prompt.model_validate(good)
-    with pytest.raises(ValidationError, match=said):
-        Prompt.model_validate(good | change)
-
-
 def test_a_rejected_text_that_was_cut_off_has_no_end(project: SimpleNamespace) -> None:
-    """The policy wrote no end token there, so DPO must not push one down."""
+    """The policy wrote no end token there, so DPO must not make one less likely."""
     tokenizer = byte_level()
     rows, too_long = dpo.build_rows(project, tokenizer)
     assert (len(rows), too_long) == (8, 0)
@@ -313,66 +254,25 @@ def test_a_rejected_text_that_was_cut_off_has_no_end(project: SimpleNamespace) -
     assert ended == [True, False] * 4
 
 
-def test_training_warns_of_no_mismatch(
-    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, complaints: list[str]
-) -> None:
-    """Neither trainer finds a prompt that is not the start of its row, nor cuts a row."""
-    model = train_sft(project, base_folder)
-    trainer, _ = dpo_trainer(project, base_folder, sft_adapter)
-    trainer.train()
-    assert any(weight.abs().sum() > 0 for name, weight in adapter_weights(model).items() if "lora_B" in name)
-    logging.getLogger("trl.trainer").warning("heard")
-    assert "heard" in complaints
-    assert not [text for text in complaints if "mismatch" in text.lower() or "truncat" in text.lower()]
-
-
 # ---- What is trained -----------------------------------------------------------------------------------
 
 
-def test_the_adapter_alone_is_trainable(base_folder: Path) -> None:
-    """All of the adapter, on all seven linear layers of each block, and nothing else."""
+def test_exactly_the_adapter_must_be_trainable(base_folder: Path, sft_adapter: Path) -> None:
+    """All of it, on all seven linear layers of each block. An adapter loaded for inference would train nothing."""
     model, _ = fresh_adapter(base_folder)
     hidden, key_value, ffn, r = 32, 16, 64, SFT.lora.r
     shapes = [(hidden, hidden)] * 2 + [(hidden, key_value)] * 2 + [(hidden, ffn)] * 3
     assert assert_trainable(model) == 2 * sum(r * (a + b) for a, b in shapes)
-
-
-def test_a_frozen_adapter_is_found(base_folder: Path, sft_adapter: Path) -> None:
-    """An adapter loaded for inference would train nothing, in silence."""
-    model, _ = load_policy(sft_adapter, base_folder, trainable=False)
-    with pytest.raises(RuntimeError, match="found nothing"):
-        assert_trainable(model)
-
-
-def test_an_unfrozen_base_is_found(base_folder: Path) -> None:
-    """One weight of the base model is enough."""
-    model, _ = fresh_adapter(base_folder)
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="embed_tokens"):
         assert_trainable(model)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("limit", [None, 1])
-def test_the_global_batch_does_not_depend_on_processes(
-    project: SimpleNamespace,
-    base_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    processes: int,
-    limit: int | None,
-) -> None:
-    """Rows at once and accumulation follow from the number of processes and from what memory allows."""
-    model, _ = load_base(base_folder)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    project.rows_limit = limit
-    made = trainer_arguments(SFT, project, model, 64)
-    rows, accumulation = made["per_device_train_batch_size"], made["gradient_accumulation_steps"]
-    assert rows * accumulation * processes == SFT.batch
-    assert rows <= (limit or HARDWARE.per_device_batch)
+    frozen, _ = load_policy(sft_adapter, base_folder, trainable=False)
+    with pytest.raises(RuntimeError, match="found nothing"):
+        assert_trainable(frozen)
 
 
 def test_the_order_of_training() -> None:
-    """Each epoch has every row, the first ones twice to fill the last batch, in an order of its own by seed."""
+    """Each epoch has every row, the first ones twice to fill the last batch, and its own order by seed."""
     lengths = [5, 3, 9, 1, 7]
     order = training_order(lengths, 4, 2, 17, sort=False)
     assert [sorted(order[at : at + 8]) for at in (0, 8)] == [[0, 0, 1, 1, 2, 2, 3, 4]] * 2
@@ -382,8 +282,8 @@ def test_the_order_of_training() -> None:
     assert total_steps(9, SFT) == 3
 
 
-def test_rows_of_like_length_stand_together() -> None:
-    """Sorting stays within the batch: the same rows are in every step, with and without it."""
+def test_sorting_by_length_stays_within_the_batch() -> None:
+    """The same rows are in every step, with and without it."""
     lengths = [37 * n % 101 for n in range(50)]
     plain = training_order(lengths, 8, 3, 17, sort=False)
     by_length = training_order(lengths, 8, 3, 17, sort=True)
@@ -395,31 +295,22 @@ def test_rows_of_like_length_stand_together() -> None:
 
 
 def test_the_trainer_takes_the_rows_in_that_order(project: SimpleNamespace, base_folder: Path) -> None:
-    """One row at a time and all of a batch at once see the same batches, and learn the same."""
+    """One row at a time and a whole batch at once see the same batches and learn the same."""
     losses = []
-    for limit in (None, 1):
-        project.rows_limit = limit
-        model, tokenizer = fresh_adapter(base_folder)
-        for module in model.modules():
+    for at_once in (Rows(4, 1, False), Rows(1, 4, False)):
+        trainer = sft_trainer(project, base_folder, at_once)
+        for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # what it drops depends on the rows at once
-        rows, _ = sft.build_rows(project, tokenizer)
-        lengths = [len(row["input_ids"]) for row in rows]
-        arguments = trainer_arguments(SFT, project, model, max(lengths)) | {"save_strategy": "no"}
-        data = training_set(rows, lengths, SFT, project, arguments)
-        config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer = sft.RowTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
-        at_once = arguments["per_device_train_batch_size"]
-        seen = [
-            batch["input_ids"].ne(tokenizer.pad_token_id).sum(1).tolist()
-            for batch in trainer.get_train_dataloader()
-        ]
-        assert [len(one) for one in seen] == [at_once] * (len(data) // at_once)
-        assert [n for one in seen for n in one] == [len(row["input_ids"]) for row in data]
+                module.p = 0.0  # what it drops depends on the rows of a pass
+        data, size = trainer.train_dataset, at_once.micro_batch
+        batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
+        lengths = [ids.ne(trainer.processing_class.pad_token_id).sum(1).tolist() for ids in batches]
+        assert [len(one) for one in lengths] == [size] * (len(data) // size)
+        assert [n for one in lengths for n in one] == [len(row["input_ids"]) for row in data]
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(losses[0]) == total_steps(len(rows), SFT) > 1
+    assert len(losses[0]) == total_steps(len(PROBLEMS), SFT) > 1
 
 
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
@@ -431,7 +322,7 @@ def test_inputs_as_they_are_change_no_number(
     monkeypatch: pytest.MonkeyPatch,
     phase: str,
 ) -> None:
-    """In training, bf16 goes into the adapter's layers, not 32 bits; what is learned is the same to the last bit."""
+    """The adapter's layers take bf16 in place of 32 bits, and learn the same to the last bit."""
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
@@ -461,7 +352,7 @@ def test_inputs_as_they_are_change_no_number(
     assert all(torch.equal(weight, learned[1][name]) for name, weight in learned[0].items())
 
 
-# ---- What DPO starts at --------------------------------------------------------------------------------
+# ---- Where DPO starts ----------------------------------------------------------------------------------
 
 
 def test_dpo_starts_at_its_reference_which_does_not_move(
@@ -470,51 +361,51 @@ def test_dpo_starts_at_its_reference_which_does_not_move(
     """Policy and reference are the SFT adapter at step 0 (loss log 2); only the policy moves."""
     trainer, rows = dpo_trainer(project, base_folder, sft_adapter)
     assert assert_trainable(trainer.model) == sum(w.numel() for w in read_adapter(sft_adapter).values())
-    dpo.assert_reference(trainer.model, sft_adapter)
-    dpo.assert_same_start(trainer, rows)
+    assert_reference(trainer.model, sft_adapter)
+    assert_same_start(trainer, rows)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
-    dpo.assert_reference(trainer.model, sft_adapter)
+    assert_reference(trainer.model, sft_adapter)
     saved, now = read_adapter(sft_adapter), adapter_weights(trainer.model)
     assert saved.keys() == now.keys()
     assert all(not torch.equal(saved[name], now[name]) for name in saved)
     with pytest.raises(RuntimeError, match="must start at its reference"):
-        dpo.assert_same_start(trainer, rows)
+        assert_same_start(trainer, rows)
 
 
 def test_a_reference_that_moved_is_found(
     project: SimpleNamespace, base_folder: Path, sft_adapter: Path
 ) -> None:
-    """One number of one tensor, by a thousandth."""
+    """Even if one number of one tensor moved by a thousandth."""
     trainer, _ = dpo_trainer(project, base_folder, sft_adapter)
     name, weight = next((n, w) for n, w in trainer.model.named_parameters() if ".ref." in n and "lora_B" in n)
     with torch.no_grad():
         weight[0, 0] += 1e-3
     with pytest.raises(RuntimeError, match=r"reference is not the SFT adapter") as found:
-        dpo.assert_reference(trainer.model, sft_adapter)
+        assert_reference(trainer.model, sft_adapter)
     assert name.split(".ref.")[0] in str(found.value)
 
 
 def test_a_policy_that_starts_elsewhere_is_found(
     project: SimpleNamespace, base_folder: Path, sft_adapter: Path
 ) -> None:
-    """As when the adapter is loaded anew, or the raw base is taken for the reference."""
+    """Here the reference is the raw base model."""
     trainer, rows = dpo_trainer(project, base_folder, sft_adapter)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             if ".ref." in name and "lora_B" in name:
-                weight.zero_()  # the raw base
+                weight.zero_()
     with pytest.raises(RuntimeError, match="must start at its reference"):
-        dpo.assert_same_start(trainer, rows)
+        assert_same_start(trainer, rows)
 
 
-# ---- What is kept --------------------------------------------------------------------------------------
+# ---- What is saved -------------------------------------------------------------------------------------
 
 
-def test_a_saved_adapter_gives_trainings_logits(
+def test_a_saved_adapter_gives_the_logits_of_training(
     project: SimpleNamespace, base_folder: Path, tmp_path: Path
 ) -> None:
-    """Applied unmerged at inference, to 1e-5; and it does change the base model."""
+    """It is applied unmerged, the logits agree to 1e-5, and they differ from those of the base model."""
     model = train_sft(project, base_folder).eval()
     folder = tmp_path / "saved"
     folder.mkdir()
@@ -534,7 +425,7 @@ def test_a_saved_adapter_gives_trainings_logits(
 
 
 def test_adapter_config_is_the_same_everywhere(base_folder: Path, sft_adapter: Path, tmp_path: Path) -> None:
-    """PEFT keeps its modules in a set, whose order changes from run to run; and it notes the base's path."""
+    """PEFT keeps its modules in a set, whose order changes from run to run, and it notes the path of the base."""
     model, _ = fresh_adapter(base_folder)
     config = adapter_config(model)
     assert config["target_modules"] == sorted(config["target_modules"])
@@ -550,8 +441,10 @@ def test_adapter_config_is_the_same_everywhere(base_folder: Path, sft_adapter: P
 
 
 def test_resuming_takes_the_newest_complete_checkpoint(tmp_path: Path) -> None:
-    """Steps compare as numbers. What a crash left half written goes, and so do older ones: one of them may be
-    half deleted, and then younger than all others by its time of change."""
+    """Steps compare as numbers. Incomplete checkpoints are deleted, and so are older complete ones.
+
+    A kill while the trainer was deleting an old one can leave it half deleted, and it would look like the youngest.
+    """
     assert newest_checkpoint(tmp_path) is None
     for step, complete in ((9, True), (10, True), (11, False)):
         folder = tmp_path / "trainer" / f"checkpoint-{step}"

@@ -8,47 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.answers import read_answer
+from stages.text.answers import read_answer
 
 PIECES = [
-    "9",
-    "9 ",
-    "1,",
-    "1,000,",
-    "12 345 ",
-    "####",
-    "#### 1 ",
-    "#### 1. a",
-    "\\boxed{",
-    "\\boxed{1}",
-    "}",
-    "{",
-    "$",
-    "-",
-    "- ",
-    "The answer is ",
-    "Answer:",
-    "\nA:",
-    "A",
-    "nswer",
-    "Question:",
-    "\nQ:",
-    "<think>",
-    "</think>",
-    " ",
-    "\n",
-    "1/",
-    "½",
-    "９",
-    "\\frac{",
-    "=",
-    "1=",
-    "1+",
-    ".",
-    "**",
-    "<|im_start|>",
-    "</s>",
-]
+    "9", "9 ", "1,", "1,000,", "12 345 ", "####", "#### 1 ", "#### 1. a", "\\boxed{", "\\boxed{1}", "}", "{",
+    "$", "-", "- ", "The answer is ", "Answer:", "\nA:", "A", "nswer", "Question:", "\nQ:", "<think>",
+    "</think>", " ", "\n", "1/", "½", "９", "\\frac{", "=", "1=", "1+", ".", "**", "<|im_start|>", "</s>",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", PIECES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.core.answers import read_answer
+from stages.text.answers import read_answer
 
 
 @pytest.mark.parametrize(

@@ -14,35 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
-from stages.core import stats
-from stages.core.errors import UserError
+from stages.run.errors import UserError
+from stages.stats import one, paired
 
 
 def row(i: int, correct: bool, samples: list[bool] | None = None, **over: Any) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "id": f"q{i}",
-        "question": f"How many are {i}?",
-        "gold": "1",
-        "completion": f"It is {int(correct)} of {i}. #### {int(correct)}",
-        "answer": str(int(correct)),
-        "correct": correct,
-        "flexible_answer": str(int(correct)),
-        "flexible_correct": correct,
-        "tokens": 10 + i % 7,
-        "finish": "stop",
-        "leak": False,
-        "answers_found": 1,
-    }
+        "id": f"q{i}", "question": f"How many are {i}?", "gold": "1", "answer": str(int(correct)), "correct": correct,
+        "completion": f"It is {int(correct)} of {i}. #### {int(correct)}", "flexible_answer": str(int(correct)),
+        "flexible_correct": correct, "tokens": 10 + i % 7, "finish": "stop", "leak": False, "answers_found": 1,
+    }  # fmt: skip
     if samples is not None:
         made["samples"] = [
-            {
-                "completion": "x",
-                "answer": "1" if good else f"{j + 2}",
-                "correct": good,
-                "tokens": 5,
-                "finish": "stop",
-            }
-            for j, good in enumerate(samples)
+            {"answer": "1" if good else f"{j + 2}", "correct": good} for j, good in enumerate(samples)
         ]
     return made | over
 
@@ -50,27 +34,13 @@ def row(i: int, correct: bool, samples: list[bool] | None = None, **over: Any) -
 # --- intervals
 
 
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(9, 10, 0.5958, 0.9821), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (967, 1209, 0.77635, 0.82142)],
-)
-def test_wilson_known_values(right: int, n: int, low: float, high: float) -> None:
-    assert stats.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_is_scipys_and_holds_the_rate(case: tuple[int, int]) -> None:
     right, n = case
-    low, high = stats.wilson(right, n)
+    low, high = one.wilson(right, n)
     theirs = binomtest(right, n).proportion_ci(method="wilson")
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
     assert 0 <= low <= right / n <= high <= 1
-
-
-@pytest.mark.parametrize("case", [(1, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_nonsense(case: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="wilson"):
-        stats.wilson(*case)
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
@@ -82,9 +52,9 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     for trial in range(400):
         chance = rng.beta(2, 1, size=300)  # questions differ in difficulty; the mean chance is 2/3
         greedy = int((rng.random(300) < chance).sum())
-        low, high = stats.wilson(greedy, 300)
+        low, high = one.wilson(greedy, 300)
         wilson_holds += low <= 2 / 3 <= high
-        low, high = stats.bootstrap_interval(rng.binomial(8, chance) / 8, seed=trial, resamples=2000)
+        low, high = one.bootstrap_interval(rng.binomial(8, chance) / 8, seed=trial, resamples=2000)
         boot_holds += low <= 2 / 3 <= high
     assert abs(wilson_holds / 400 - 0.95) < 0.033
     assert abs(boot_holds / 400 - 0.95) < 0.033
@@ -95,34 +65,33 @@ def test_bootstrap_by_counts_is_the_ordinary_bootstrap() -> None:
     rng = np.random.default_rng(1)
     values = rng.integers(0, 9, 400) / 8
     plain = values[rng.integers(0, 400, (10_000, 400))].mean(axis=1)
-    ours = stats.bootstrap_means(values, seed=2)
+    ours = one.bootstrap_means(values, seed=2)
     assert ours.mean() == pytest.approx(plain.mean(), abs=1e-3)
     assert ours.std() == pytest.approx(plain.std(), rel=0.03)
 
 
 def test_bootstrap_is_seeded() -> None:
     values = np.random.default_rng(3).normal(size=100)
-    first = stats.bootstrap_interval(values, seed=7)
-    assert first == stats.bootstrap_interval(values, seed=7) != stats.bootstrap_interval(values, seed=8)
+    first = one.bootstrap_interval(values, seed=7)
+    assert first == one.bootstrap_interval(values, seed=7) != one.bootstrap_interval(values, seed=8)
 
 
-def test_bootstrap_without_values() -> None:
+def test_intervals_refuse_nonsense() -> None:
+    for right, n in ((1, 0), (-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match="wilson"):
+            one.wilson(right, n)
     with pytest.raises(ValueError, match="no values"):
-        stats.bootstrap_interval([], seed=0)
+        one.bootstrap_interval([], seed=0)
 
 
 # --- paired tests
 
 
-def test_mcnemar_of_the_result_that_was_none() -> None:
-    assert stats.mcnemar_p(9, 7) == pytest.approx(0.803619, abs=1e-6)
-
-
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
     expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert stats.mcnemar_p(gained, lost) == pytest.approx(expected, rel=1e-9)
-    assert stats.mcnemar_p(gained, lost) == stats.mcnemar_p(lost, gained)
+    assert paired.mcnemar_p(gained, lost) == pytest.approx(expected, rel=1e-9)
+    assert paired.mcnemar_p(gained, lost) == paired.mcnemar_p(lost, gained)
 
 
 @given(st.lists(st.integers(-4, 4), max_size=9))
@@ -130,13 +99,13 @@ def test_sign_flip_is_the_count_over_all_sign_choices(differences: list[int]) ->
     sums = [sum(s * d for s, d in zip(signs, differences, strict=True))
             for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
     expected = sum(abs(s) >= abs(sum(differences)) for s in sums) / len(sums)
-    assert stats.sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
+    assert paired.sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_sign_flip_on_one_sample_is_mcnemar(gained: int, lost: int) -> None:
-    assert stats.sign_flip_p([1] * gained + [-1] * lost + [0] * 5) == pytest.approx(
-        stats.mcnemar_p(gained, lost), rel=1e-9
+    assert paired.sign_flip_p([1] * gained + [-1] * lost + [0] * 5) == pytest.approx(
+        paired.mcnemar_p(gained, lost), rel=1e-9
     )
 
 
@@ -144,10 +113,10 @@ def test_sign_flip_drawn_agrees_with_exact() -> None:
     """The drawn version, used only for very large logs, gives the exact p within its noise."""
     rng = np.random.default_rng(0)
     many = np.concatenate([rng.integers(-4, 5, 20_000), np.ones(150, dtype=np.int64)])
-    drawn = stats.sign_flip_p(many, seed=1)  # 20,000 x 44,000 steps: drawn
+    drawn = paired.sign_flip_p(many, seed=1)  # 20,000 x 44,000 steps: drawn
     normal = 2 * (1 - NormalDist().cdf(abs(many.sum()) / sqrt((many**2).sum())))
     assert drawn == pytest.approx(normal, abs=0.01)
-    assert drawn == stats.sign_flip_p(many, seed=1)
+    assert drawn == paired.sign_flip_p(many, seed=1)
 
 
 def test_sign_flip_rejects_as_often_as_it_says() -> None:
@@ -156,7 +125,7 @@ def test_sign_flip_rejects_as_often_as_it_says() -> None:
     rejected = 0
     for _ in range(400):
         chance = rng.beta(1, 1, 60)
-        rejected += stats.sign_flip_p(rng.binomial(8, chance) - rng.binomial(8, chance)) <= 0.05
+        rejected += paired.sign_flip_p(rng.binomial(8, chance) - rng.binomial(8, chance)) <= 0.05
     assert rejected / 400 <= 0.05 + 0.033
 
 
@@ -166,12 +135,12 @@ def test_sign_flip_rejects_as_often_as_it_says() -> None:
 def test_smallest_visible_difference_has_the_power_it_claims() -> None:
     """Simulated: at the difference named, the exact McNemar test rejects in four of five repetitions."""
     n, discordance = 1209, 0.08
-    difference = stats.smallest_visible_difference(n, discordance)
+    difference = paired.smallest_visible_difference(n, discordance)
     assert difference is not None
     rng = np.random.default_rng(4)
     gain, loss = (discordance + difference) / 2, (discordance - difference) / 2
     counts = rng.multinomial(n, [gain, loss, 1 - gain - loss], size=2000)
-    power = np.mean([stats.mcnemar_p(int(g), int(lo)) <= 0.05 for g, lo, _ in counts])
+    power = np.mean([paired.mcnemar_p(int(g), int(lo)) <= 0.05 for g, lo, _ in counts])
     assert abs(power - 0.8) < 0.03
 
 
@@ -179,7 +148,7 @@ def test_smallest_visible_difference_has_the_power_it_claims() -> None:
 @settings(max_examples=15, deadline=None)
 def test_smallest_visible_difference_is_near_connors_formula(n: int, discordance: float) -> None:
     """Connor (1987) without continuity correction is a little below the exact test."""
-    ours = stats.smallest_visible_difference(n, discordance)
+    ours = paired.smallest_visible_difference(n, discordance)
     s, a, b = sqrt(n), 1.959964, 0.841621
     root = n * a * a * discordance - (n + b * b) * (a * a - b * b) * discordance
     connor = (s * a * sqrt(discordance) + sqrt(root)) / (n + b * b)
@@ -190,9 +159,9 @@ def test_smallest_visible_difference_is_near_connors_formula(n: int, discordance
 def test_smallest_visible_difference_with_few_changes() -> None:
     """Without six changes no exact test rejects: with under six questions nothing could be seen, and with
     none changed the answer is the gain that would have brought six changes in four of five repetitions."""
-    assert stats.smallest_visible_difference(5, 0.4) is None
-    assert stats.smallest_visible_difference(0, 0) is None
-    floor = stats.smallest_visible_difference(1209, 0)
+    assert paired.smallest_visible_difference(5, 0.4) is None
+    assert paired.smallest_visible_difference(0, 0) is None
+    floor = paired.smallest_visible_difference(1209, 0)
     assert floor is not None
     assert sum(comb(1209, i) * floor**i * (1 - floor) ** (1209 - i) for i in range(6)) == pytest.approx(
         0.2, abs=1e-6
@@ -206,8 +175,8 @@ def test_smallest_visible_difference_with_few_changes() -> None:
 def test_pass_at_k_is_brute_force(case: tuple[int, int, int]) -> None:
     n, correct, k = case
     draws = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
-    assert stats.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-    assert stats.pass_hat_k(n, correct, k) == pytest.approx(sum(map(all, draws)) / len(draws))
+    assert one.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    assert one.pass_hat_k(n, correct, k) == pytest.approx(sum(map(all, draws)) / len(draws))
 
 
 def vote(answer: str | None, correct: bool = False) -> dict[str, Any]:
@@ -230,56 +199,38 @@ def vote(answer: str | None, correct: bool = False) -> dict[str, Any]:
 def test_majority_counts_equal_numbers_together_and_averages_ties(
     samples: list[Any], expected: float
 ) -> None:
-    assert stats.majority(samples) == pytest.approx(expected)
+    assert one.majority(samples) == pytest.approx(expected)
 
 
 def test_agreement() -> None:
-    assert stats.agreement([vote("5", True)] * 4) == 1
-    assert stats.agreement([vote("5", True), vote("5", True), vote("6"), vote(None)]) == pytest.approx(1 / 6)
-    assert stats.agreement([vote(None), vote(None)]) == 0
-    assert stats.agreement([vote("5", True)]) == 1
+    assert one.agreement([vote("5", True)] * 4) == 1
+    assert one.agreement([vote("5", True), vote("5", True), vote("6"), vote(None)]) == pytest.approx(1 / 6)
+    assert one.agreement([vote(None), vote(None)]) == 0
+    assert one.agreement([vote("5", True)]) == 1
 
 
 # --- repetition
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "loop"),
     [
-        "Start. " + "The answer is 5. " * 6,
-        "x" * 80,
-        "So it is 12. " * 10 + "So it",  # cut inside a copy
-        ("A long paragraph about apples and pears. " * 8 + "End of it.\n") * 4,
+        ("Start. " + "The answer is 5. " * 6, True),
+        ("x" * 80, True),
+        ("So it is 12. " * 10 + "So it", True),  # cut inside a copy
+        (("A long paragraph about apples and pears. " * 8 + "End of it.\n") * 4, True),
+        ("", False),
+        ("7 * 8 = <<7*8=56>>56\n56 + 4 = <<56+4=60>>60\n#### 60", False),
+        ("4 + 4 + 4 + 4 + 4 + 4 = 24. #### 24", False),
+        ("He buys 3 apples. He buys 3 apples.", False),
+        (
+            "1 apple costs 2 dollars so 2 apples cost 4 dollars and 3 apples cost 6 dollars and 4 cost 8 dollars",
+            False,
+        ),
     ],
 )
-def test_repeats_finds_loops(text: str) -> None:
-    assert stats.repeats(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "7 * 8 = <<7*8=56>>56\n56 + 4 = <<56+4=60>>60\n#### 60",
-        "4 + 4 + 4 + 4 + 4 + 4 = 24. #### 24",
-        "He buys 3 apples. He buys 3 apples.",
-        "1 apple costs 2 dollars so 2 apples cost 4 dollars and 3 apples cost 6 dollars and 4 cost 8 dollars",
-    ],
-)
-def test_repeats_leaves_solutions_alone(text: str) -> None:
-    assert not stats.repeats(text)
-
-
-@given(
-    st.text(alphabet="ab ", max_size=40),
-    st.text(alphabet="abc 1", min_size=1, max_size=12),
-    st.integers(3, 30),
-)
-def test_repeats_property(head: str, block: str, copies: int) -> None:
-    """Any block written out often enough is found, whatever comes before it."""
-    text = (head + block * copies).rstrip()
-    if block.strip() and len(block) * (copies - 1) >= 60 and copies >= 5:
-        assert stats.repeats(text)
+def test_repeats_finds_loops_and_leaves_solutions_alone(text: str, loop: bool) -> None:
+    assert one.repeats(text) == loop
 
 
 @given(
@@ -296,14 +247,14 @@ def test_repeats_is_its_definition(head: str, block: str, copies: int, end: str)
         for length in range(60, len(text) + 1)
         for period in range(1, length // 3 + 1)
     )
-    assert stats.repeats(text) == looping
+    assert one.repeats(text) == looping
 
 
 def test_repeats_is_linear(ends_soon: Callable[[Callable[[], object]], bool]) -> None:
     """Periodic text almost everywhere is the worst case of naive searches."""
     text = ("a" * 997 + "b") * 2000 + "c" + "ab" * 20
-    assert not stats.repeats(text)
-    assert ends_soon(lambda: stats.repeats(text))
+    assert not one.repeats(text)
+    assert ends_soon(lambda: one.repeats(text))
 
 
 # --- summarise
@@ -314,9 +265,9 @@ def test_summarise_counts_and_intervals() -> None:
     rows[0] |= {"finish": "length", "leak": True}
     rows[1] |= {"answers_found": 2}
     rows[9] |= {"answer": None, "completion": " \n", "flexible_correct": True}
-    made = stats.summarise(rows, seed=1)
+    made = one.summarise(rows, seed=1)
     assert (made["accuracy"], made["flexible"], made["questions"]) == (0.6, 0.7, 10)
-    assert (made["accuracy_low"], made["accuracy_high"]) == stats.wilson(6, 10)
+    assert (made["accuracy_low"], made["accuracy_high"]) == one.wilson(6, 10)
     assert made["mean_at_4"] == pytest.approx(9 / 40)
     assert made["pass_at_4"] == pytest.approx(0.6)
     assert made["pass_hat_4"] == 0
@@ -327,30 +278,17 @@ def test_summarise_counts_and_intervals() -> None:
         for key in ("end_token", "truncated", "leak", "second_answer", "no_answer", "empty", "repeats")
     ]
     assert health == [0.9, 0.1, 0.1, 0.1, 0.1, 0.1, 0]
-    assert (made["leak_low"], made["leak_high"]) == stats.wilson(1, 10)
-    assert (made["end_token_low"], made["end_token_high"]) == stats.wilson(9, 10)
+    assert (made["leak_low"], made["leak_high"]) == one.wilson(1, 10)
+    assert (made["end_token_low"], made["end_token_high"]) == one.wilson(9, 10)
     assert made["tokens_p95"] == np.percentile([r["tokens"] for r in rows], 95)
-    assert made == stats.summarise(rows, seed=1)
+    assert made == one.summarise(rows, seed=1)
     assert all(isinstance(value, (int, float)) for value in made.values())
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=200), st.sampled_from([0, 5, 50, 95, 100]))
 def test_percentile_is_numpys_to_the_last_bit(lengths: list[int], percent: int) -> None:
     counts = {length: lengths.count(length) for length in lengths}
-    assert stats.percentile(counts, percent) == np.percentile(lengths, percent)
-
-
-@given(st.integers(0, 12))
-def test_summaries_of_parts_make_that_of_the_whole(cut: int) -> None:
-    """A log graded in pieces, each by another process, gives the same numbers to the last bit."""
-    rows = [row(i, i % 3 > 0, [i % 2 == 0, i % 5 > 0, True], tokens=7 * i % 11) for i in range(12)]
-    first, second = stats.Summary(), stats.Summary()
-    for one in rows[:cut]:
-        first.add(one)
-    for one in rows[cut:]:
-        second.add(one)
-    first.update(second)
-    assert first.metrics(seed=3) == stats.summarise(rows, seed=3)
+    assert one.percentile(counts, percent) == np.percentile(lengths, percent)
 
 
 @pytest.mark.parametrize(
@@ -363,26 +301,22 @@ def test_summaries_of_parts_make_that_of_the_whole(cut: int) -> None:
 def test_what_a_row_does_not_tell_is_left_out(field: str, names: set[str]) -> None:
     """Logs from elsewhere: a rate over some of the rows would be taken for one over all of them."""
     rows = [row(i, True) for i in range(5)]
-    whole = stats.summarise(rows, seed=0)
+    whole = one.summarise(rows, seed=0)
+    assert not [key for key in whole if "_at_" in key or "agreement" in key]
     del rows[3][field]
-    assert whole.keys() - stats.summarise(rows, seed=0).keys() == names
-
-
-def test_summarise_without_samples_says_nothing_of_samples() -> None:
-    made = stats.summarise([row(i, True) for i in range(5)], seed=0)
-    assert not [key for key in made if "_at_" in key or "agreement" in key]
+    assert whole.keys() - one.summarise(rows, seed=0).keys() == names
 
 
 def test_summarise_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(UserError, match="no rows"):
-        stats.summarise([], seed=0)
+        one.summarise([], seed=0)
     with pytest.raises(UserError, match="'q1' has 1 samples where another has 2"):
-        stats.summarise([row(0, True, [True, True]), row(1, True, [True])], seed=0)
+        one.summarise([row(0, True, [True, True]), row(1, True, [True])], seed=0)
 
 
 def test_health_warnings_are_loud_only_above_the_limits() -> None:
-    assert stats.health_warnings({"leak": stats.LEAK_LIMIT, "truncated": stats.TRUNCATED_LIMIT}, "SFT") == []
-    loud = stats.health_warnings({"leak": 0.9, "truncated": 0.5}, "SFT")
+    assert one.health_warnings({"leak": one.LEAK_LIMIT, "truncated": one.TRUNCATED_LIMIT}, "SFT") == []
+    loud = one.health_warnings({"leak": 0.9, "truncated": 0.5}, "SFT")
     assert len(loud) == 2
     assert loud[0].startswith("SFT: 90.0% of the completions hold pieces of the prompt")
 
@@ -402,7 +336,7 @@ def policies(
 def test_compare_says_that_71_38_against_71_22_is_nothing() -> None:
     """The result once reported: 863 and 861 of 1,209 right, 7 gained, 9 lost."""
     sft, dpo = policies(gained=7, lost=9, both=854, neither=339)
-    made = stats.compare(sft, dpo, "SFT", "DPO", seed=3)
+    made = paired.compare(sft, dpo, "SFT", "DPO", seed=3)
     assert (made["questions"], made["gained"], made["lost"]) == (1209, 7, 9)
     assert made["accuracy_a"] == pytest.approx(0.7138, abs=5e-5)
     assert made["accuracy_b"] == pytest.approx(0.7122, abs=5e-5)
@@ -414,7 +348,7 @@ def test_compare_says_that_71_38_against_71_22_is_nothing() -> None:
 
 def test_compare_says_which_is_better() -> None:
     sft, dpo = policies(gained=60, lost=30, both=900, neither=219)
-    forward, backward = stats.compare(sft, dpo, "SFT", "DPO"), stats.compare(dpo, sft, "DPO", "SFT")
+    forward, backward = paired.compare(sft, dpo, "SFT", "DPO"), paired.compare(dpo, sft, "DPO", "SFT")
     assert forward["verdict"] == backward["verdict"] == "DPO is better (p = 0.0021)"
     assert forward["difference"] == -backward["difference"] == pytest.approx(30 / 1209)
     assert forward["difference_low"] > 0
@@ -425,7 +359,7 @@ def test_compare_of_samples_is_separate_from_greedy() -> None:
     """Greedy ties while the samples differ: each verdict speaks for itself. Sample counts may differ."""
     a = [row(i, True, [True, False, False, False]) for i in range(60)]
     b = [row(i, True, [True, False] if i % 2 else [True, True]) for i in range(60)]
-    made = stats.compare(a, b, "SFT", "DPO", seed=1)
+    made = paired.compare(a, b, "SFT", "DPO", seed=1)
     assert made["verdict"].startswith("no difference can be seen")
     assert made["mean_verdict"] == "DPO is better (p < 0.0001)"
     assert (made["mean_a"], made["mean_b"], made["mean_difference"]) == (0.25, 0.75, 0.5)
@@ -434,7 +368,7 @@ def test_compare_of_samples_is_separate_from_greedy() -> None:
 
 def test_compare_with_itself() -> None:
     a = [row(i, i % 2 == 0, [True, False]) for i in range(100)]
-    made = stats.compare(a, a)
+    made = paired.compare(a, a)
     assert (made["p"], made["mean_p"], made["identical_completions"]) == (1, 1, 100)
     assert made["mean_verdict"] == "no difference can be seen: every question scored the same"
 
@@ -442,16 +376,16 @@ def test_compare_with_itself() -> None:
 def test_compare_pairs_by_id_and_counts_what_has_no_partner() -> None:
     a, b = policies(3, 1, 5, 2)
     shuffled = [*b[4:], row(99, True), *b[2:4]]
-    made = stats.compare(a, shuffled)
+    made = paired.compare(a, shuffled)
     assert (made["questions"], made["only_a"], made["only_b"], made["gained"]) == (9, 2, 1, 1)
 
 
 def test_compare_refuses_what_it_cannot_pair() -> None:
     a, b = policies(1, 1, 1, 1)
     with pytest.raises(UserError, match="two rows with id 'q0'"):
-        stats.compare([*a, a[0]], b)
+        paired.compare([*a, a[0]], b)
     with pytest.raises(UserError, match="share no question id"):
-        stats.compare(a, [row(50, True)])
+        paired.compare(a, [row(50, True)])
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60), st.integers(0, 3))
@@ -460,22 +394,13 @@ def test_compare_properties(kinds: list[tuple[bool, bool]], seed: int) -> None:
     """The difference is that of the accuracies, lies in its interval, and turns round with the order."""
     a = [row(i, x) for i, (x, _) in enumerate(kinds)]
     b = [row(i, y) for i, (_, y) in enumerate(kinds)]
-    made, turned = stats.compare(a, b, seed=seed), stats.compare(b, a, seed=seed)
+    made, turned = paired.compare(a, b, seed=seed), paired.compare(b, a, seed=seed)
     assert made["difference"] == pytest.approx(made["accuracy_b"] - made["accuracy_a"])
     assert made["difference_low"] - 1e-12 <= made["difference"] <= made["difference_high"] + 1e-12
     assert (made["p"], made["gained"]) == (turned["p"], turned["lost"])
     assert ("better" in made["verdict"]) == (made["p"] < 0.05)
 
 
-@pytest.mark.parametrize(
-    ("p", "words"),
-    [
-        (0.803, "p = 0.80"),
-        (0.0031, "p = 0.0031"),
-        (0.003, "p = 0.003"),
-        (1e-9, "p < 0.0001"),
-        (1.0, "p = 1.00"),
-    ],
-)
-def test_p_words(p: float, words: str) -> None:
-    assert stats.p_words(p) == words
+def test_p_words() -> None:
+    words = [paired.p_words(p) for p in (0.803, 0.0031, 0.003, 1e-9, 1.0)]
+    assert words == ["p = 0.80", "p = 0.0031", "p = 0.003", "p < 0.0001", "p = 1.00"]

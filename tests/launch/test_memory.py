@@ -1,4 +1,4 @@
-"""The estimates against what real training steps and real generation take, counted on the CPU."""
+"""Compares the memory estimates with the bytes that real training steps and real generation take on the CPU."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from tokenizers import Tokenizer, models
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
-from stages.core import memory
-from stages.core.errors import UserError
-from stages.core.memory import GIB, Device, Need, Shape, generation_need, training_need
-from stages.core.params import Dpo, Hardware, Lora, Sft
-from stages.dpo import PairTrainer
-from stages.engine.base import Request
 from stages.engine.transformers_engine import TransformersEngine
+from stages.launch import memory
+from stages.launch.memory import GIB, Device, Need, Shape, generation_need, training_need
+from stages.policy.request import Request
+from stages.run.errors import UserError
+from stages.run.params import Dpo, Hardware, Lora, Sft
 from stages.sft import RowTrainer
+from stages.train.pair_trainer import PairTrainer
 
 # hidden, layers, heads, kv heads, ffn, vocab, LoRA rank, rows, tokens
 SHAPES = [
@@ -48,7 +47,7 @@ ABEL = {
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of all tensors made inside the block: those alive now, and the most there were."""
+    """Counts the bytes of all tensors made inside the block: those alive now, and the most at any time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,9 +162,9 @@ def test_training(
     dtype: torch.dtype,
     sizes: tuple[int, ...],
 ) -> None:
-    """Never more than 10 % too low, nor 60 % too high, over weights, adapter, activations and the output layer.
+    """At most 10 % too low and 60 % too high, for weights, adapter, activations and the output layer together.
 
-    The output layer's tile is made as small against these models as it is against a real one.
+    The output layer's tile is scaled down with the models.
     """
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
     monkeypatch.setattr(trl.kernels.chunked_logprob, "TOKEN_CHUNK_SIZE", 64)
@@ -180,41 +179,9 @@ def test_training(
 
 @pytest.mark.parametrize("sizes", SHAPES)
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("dropout", [0.05, 0.0])
-def test_a_block_keeps_what_is_said(sizes: tuple[int, ...], dtype: torch.dtype, dropout: float) -> None:
-    """The bytes that autograd saves for the backward pass, block by block, to 10 %."""
-    vocab, rank, rows, tokens = sizes[5:]
-    model = make_model(sizes, dtype, rank, dropout).train()
-    model.enable_input_require_grads()
-    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    ids = torch.randint(4, vocab, (rows, tokens))
-    mask = torch.ones_like(ids)
-    mask[0, :10] = 0
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-    as_they_are = disable_input_dtype_casting(model, active=dtype == torch.bfloat16)  # as in training
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast, as_they_are:
-        model.base_model.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-    counted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    shape = shape_of(model)
-    wanted = rows * shape.layers * memory.block_bytes(shape, rank, tokens, dropout > 0, cuda=False)
-    # Beside the blocks: the final norm's input; weights of the adapter, cast down.
-    wanted += rows * tokens * shape.hidden * 4
-    wanted += shape.adapter_parameters(rank) * 2 * (dtype == torch.bfloat16)
-    assert 0.9 * counted <= wanted <= 1.1 * counted
-
-
-@pytest.mark.parametrize("sizes", SHAPES)
-@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(("prompt", "new"), [(60, 40), (200, 10)])
 def test_generation(sizes: tuple[int, ...], dtype: torch.dtype, prompt: int, new: int) -> None:
-    """Weights, keys and values, reading prompts and choosing tokens; in the same bounds as training."""
+    """Weights, keys and values, reading prompts and drawing tokens; within the same bounds as training."""
     vocab, rank, rows, _ = sizes[5:]
     rows *= 4
     with Peak() as peak:
@@ -229,7 +196,7 @@ def test_generation(sizes: tuple[int, ...], dtype: torch.dtype, prompt: int, new
 
 
 def test_parameters_are_counted() -> None:
-    """Those of the base model and those of the adapter, to the last one."""
+    """The exact numbers of the base model and of the adapter."""
     model = make_model(SHAPES[1], torch.float32, 16)
     shape = shape_of(model)
     sizes = {True: 0, False: 0}
@@ -239,7 +206,7 @@ def test_parameters_are_counted() -> None:
 
 
 def test_abel_on_one_large_gpu() -> None:
-    """A 7B in bfloat16: 7.24 billion weights, SFT and DPO with all their rows at once in 80 GiB, none in 14."""
+    """A 7B model in bfloat16 has 7.24 billion weights. SFT and DPO fit with all rows into 80 GiB, not into 14."""
     shape = memory.shape_of_config(ABEL, "config.json")
     assert shape.parameters() == 7_241_732_096 + 2 * 32 * 4096  # Mistral-7B, and 32 words more
     for spec in (sft_spec(1024, 32), dpo_spec(1024)):
@@ -250,7 +217,7 @@ def test_abel_on_one_large_gpu() -> None:
 
 
 def test_rows_and_bytes_agree() -> None:
-    """The rows that fit need no more than there is; one more row would."""
+    """The rows that fit need at most the free memory, and one more row needs more."""
     need = Need(1000, 70)
     for free in (1000, 1111, 1200, 5000, 12345):
         rows = need.rows(free)
@@ -258,46 +225,45 @@ def test_rows_and_bytes_agree() -> None:
         assert need.at(rows + 1) > free
 
 
-def plan(
+def rows_for(
     kept: float, again: float, spec: Any = None, processes: int = 1, most: int | None = None, **given: Any
 ) -> Any:
-    """`plan_training` where so many rows fit with activations kept, and so many with activations computed again."""
+    """`rows_and_checkpointing` in a memory that holds `kept` rows, or `again` rows with gradient checkpointing."""
     needs = {False: Need(0, round(900 / kept)), True: Need(0, round(900 / again))}
     hardware = HARDWARE.model_copy(update={"gradient_checkpointing": "auto", **given})
-    return memory.plan_training(needs.__getitem__, spec or sft_spec(100, 4), hardware, 1000, processes, most)
+    return memory.rows_and_checkpointing(
+        needs.__getitem__, spec or sft_spec(100, 4), hardware, 1000, processes, most
+    )
 
 
-def test_auto_keeps_activations_where_it_can() -> None:
-    """Eight sequences, with activations kept where those fit, else computed again; else as many rows as fit."""
-    assert plan(8, 40) == (8, False)
-    assert plan(100, 400) == (8, False)
-    assert plan(7, 40) == (8, True)
-    assert plan(0.5, 3) == (3, True)
-    assert plan(0.1, 0.5) == (1, True), "at least one; the stage will say that it does not fit"
-    assert plan(4, 40, dpo_spec(100)) == (4, False), "a pair is two sequences"
-    assert plan(3, 40, dpo_spec(100)) == (4, True)
-    assert plan(2, 40, processes=32) == (2, False), "a process takes no more than its share"
-    assert plan(8, 40, most=8) == (8, True) and plan(8, 40, most=2) == (2, True), "after memory ran out"
-
-
-def test_numbers_in_the_profile_are_taken() -> None:
-    """Also too large ones; only what is `auto` is chosen."""
-    assert plan(8, 40, per_device_batch=16) == (16, True)
-    assert plan(16, 40, per_device_batch=16) == (16, False)
-    assert plan(8, 40, per_device_batch=16, gradient_checkpointing=False) == (16, False)
-    assert plan(3, 40, gradient_checkpointing=False) == (3, False)
-    assert plan(100, 400, gradient_checkpointing=True) == (8, True)
+def test_auto_takes_eight_sequences_and_keeps_activations_where_they_fit() -> None:
+    assert rows_for(8, 40) == (8, False)
+    assert rows_for(100, 400) == (8, False)
+    assert rows_for(7, 40) == (8, True)
+    assert rows_for(0.5, 3) == (3, True)
+    assert rows_for(0.1, 0.5) == (1, True), "at least one; the stage will say that it does not fit"
+    assert rows_for(4, 40, dpo_spec(100)) == (4, False), "a pair is two sequences"
+    assert rows_for(3, 40, dpo_spec(100)) == (4, True)
+    assert rows_for(2, 40, processes=32) == (2, False), "a process takes no more than its share"
+    assert rows_for(8, 40, most=8) == (8, True)
+    assert rows_for(8, 40, most=2) == (2, True), "after memory ran out"
+    # A number in the profile is taken as it is, even if it is too large.
+    assert rows_for(8, 40, per_device_batch=16) == (16, True)
+    assert rows_for(16, 40, per_device_batch=16) == (16, False)
+    assert rows_for(8, 40, per_device_batch=16, gradient_checkpointing=False) == (16, False)
+    assert rows_for(3, 40, gradient_checkpointing=False) == (3, False)
+    assert rows_for(100, 400, gradient_checkpointing=True) == (8, True)
 
 
 def test_rows_for_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More memory or shorter rows, more at once; with numbers given, any kind of model will do."""
+    """More memory or shorter rows allow more rows. With numbers in the profile the model is not looked at."""
     model, spec = make_model(SHAPES[0], torch.float32, 4), sft_spec(100, 4)
     found = []
     monkeypatch.setattr(memory, "HEAD_TOKENS", 64)
     for free, longest in ((0, 100), (14 * 2**20, 100), (14 * 2**20, 50), (10**12, 100)):
         monkeypatch.setattr(memory, "own_device", lambda _, free=free: Device("GPU", True, free, free))
         found.append(memory.training_rows(model, spec, HARDWARE, longest, 1, None)[0])
-    assert found[0] == 1 < found[1] < found[2] <= found[3] == memory.AT_ONCE
+    assert found[0] == 1 < found[1] < found[2] <= found[3] == memory.SEQUENCES
     given = HARDWARE.model_copy(update={"per_device_batch": 7, "generation_batch": 9})
     assert memory.training_rows(None, spec, given, 100, 1, None) == (7, True)
     assert memory.training_rows(None, spec, given, 100, 1, 3) == (3, True)
@@ -306,21 +272,21 @@ def test_rows_for_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("cuda", "most"), [(False, memory.CPU_ROWS), (True, memory.GPU_ROWS)])
 def test_generation_batches_are_powers_of_two(cuda: bool, most: int) -> None:
-    """A little more free memory in a resumed run makes no other batches."""
+    """A little more free memory in a resumed run does not change the batches."""
     need = Need(0, 9)
     rows = {memory.generation_rows(need, Device("", cuda, free, free)) for free in range(0, 20000, 7)}
     assert rows == {1 << bit for bit in range(most.bit_length())}
 
 
 def test_memory_of_the_host_is_shared() -> None:
-    """Two processes on one CPU have half of it each."""
+    """Each of two processes on one host has half of its memory."""
     one, two = memory.cpu_device(1), memory.cpu_device(2)
     assert 0 < one.free <= one.total
     assert two.free == pytest.approx(one.free / 2, rel=0.1)
 
 
 def test_a_config_of_another_kind() -> None:
-    """What cannot be estimated is said, with what to do instead."""
+    """For a model that cannot be estimated, the message says which values to set instead."""
     with pytest.raises(UserError, match=r"x/config\.json: says no num_hidden_layers.*per_device_batch"):
         memory.shape_of_config({"hidden_size": 8, "num_attention_heads": 2}, "x/config.json")
     model = SimpleNamespace(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.answers import canonical, gold_answer, parse_number, same_answer
+from stages.text.answers import canonical, gold_answer, parse_number, same_answer
 
 
 @pytest.mark.parametrize(

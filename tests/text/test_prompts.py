@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stages.core.params import Prompt
-from stages.core.prompts import completion_ids, completion_text, prompt_ids, prompt_messages, prompt_text
+from stages.run.params import Prompt
+from stages.text.prompts import completion_ids, completion_text, prompt_ids, prompt_messages, prompt_text
 
 SOLUTION = "She has <<3*4=12>>12 apples.\n12 - 2 = 10\n#### 10"
 PLAIN = Prompt(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.core.answers import read_answer
+from stages.text.answers import read_answer
 
 QUESTION = "Janet has 16 eggs and eats 7. She sells each for $2. How much does she make?"
 

@@ -1,4 +1,4 @@
-"""stage_run: one run at a time, progress kept and never mixed up, manifests that say what came of what."""
+"""The frame of every stage: one run at a time, progress that is kept and never mixed up, manifests, clear errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from stages.core.errors import UserError
-from stages.core.records import sha256_file
-from stages.core.stage import StageRun, atomic_folder, last_runs, manifest_path, stage_run
+from stages.run.errors import UserError
+from stages.run.files import atomic_folder, sha256_file
+from stages.run.stage import StageRun, last_runs, manifest_path, stage_run
 
 REPO = Path(__file__).resolve().parents[2]
 OUT, SIDE = Path("data/out.jsonl"), Path("metrics/out.json")
@@ -25,7 +26,7 @@ OUT, SIDE = Path("data/out.jsonl"), Path("metrics/out.json")
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with this project's parameters and one input."""
+    """A working directory with the project's parameters and one input."""
     shutil.copy(REPO / "params.yaml", tmp_path)
     shutil.copytree(REPO / "profiles", tmp_path / "profiles")
     (tmp_path / "input.jsonl").write_text("{}\n")
@@ -78,7 +79,7 @@ def test_manifest_holds_hashes_and_parameters(workplace: Path) -> None:
 
 
 def test_manifest_is_the_same_for_the_same_run(workplace: Path) -> None:
-    """Nothing of time, place or machine goes into an output."""
+    """No time, path or machine goes into an output."""
     work()
     first = manifest_path(OUT).read_bytes()
     time.sleep(1.1)
@@ -96,7 +97,7 @@ def test_manifest_of_a_folder_lies_inside() -> None:
         (fresh / "weights").write_text("w")
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["outputs"] == {"checkpoints/some/weights": sha256_file(folder / "weights")}
-    with stage_run("headline", sections=(), inputs=[folder], outputs=[OUT]):  # and it stands for its folder
+    with stage_run("headline", sections=(), inputs=[folder], outputs=[OUT]):  # its hash stands for the folder
         OUT.parent.mkdir()
         OUT.write_text("")
     assert json.loads(manifest_path(OUT).read_text())["inputs"] == {
@@ -105,7 +106,7 @@ def test_manifest_of_a_folder_lies_inside() -> None:
 
 
 def test_undeclared_parameters_cannot_be_read() -> None:
-    """What a stage reads is what reruns it."""
+    """Otherwise a stage could read a value that does not rerun it."""
     run = work()
     assert run.params.headline.policy == "dpo"
     assert run.params.hardware.generation_batch > 0
@@ -138,7 +139,7 @@ def test_one_run_of_a_stage_at_a_time() -> None:
         for path in (OUT, SIDE):
             path.parent.mkdir()
             path.write_text("")
-    work()  # the lock is let go
+    work()  # the lock is free again
 
 
 def test_variants_of_a_stage_may_run_side_by_side() -> None:
@@ -197,17 +198,8 @@ def test_progress_outlives_what_does_not_matter(file: str, old: str, new: str) -
     assert interrupted() == folder
 
 
-def test_run_facts_are_noted_apart_from_the_outputs() -> None:
-    work()
-    facts = last_runs()[-1]
-    assert facts["stage"] == "headline"
-    assert facts["seconds"] >= 0
-    assert facts["peak_memory_mib"] > 10
-    assert "torch" in facts["versions"]
-
-
-def test_what_a_kill_left_beside_the_outputs_goes() -> None:
-    """Half-written outputs of a killed run would lie in folders that DVC hashes; others' files stay."""
+def test_what_a_kill_left_beside_the_outputs_is_removed() -> None:
+    """DVC would hash half-written outputs of a killed run. The files of other stages stay."""
     for name in ("data/.out.jsonl.123.tmp", "metrics/.out.json.123.tmp", "data/.other.jsonl.123.tmp"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text("half")
@@ -222,8 +214,8 @@ def test_what_a_kill_left_beside_the_outputs_goes() -> None:
     assert [path.as_posix() for path in Path().rglob("*.tmp")] == ["data/.other.jsonl.123.tmp"]
 
 
-def test_progress_that_was_being_cleared_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill in the midst of clearing: what is left must not look like progress, whatever was removed first."""
+def test_half_deleted_progress_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill while progress was being deleted, what is left must not look like progress."""
     folder = interrupted()
     change("params.yaml", "  policy: dpo", "  policy: sft")
 
@@ -253,8 +245,8 @@ def test_an_output_that_cannot_be_written_stops_before_any_work() -> None:
     assert not began
 
 
-def test_damage_in_the_journal_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """On the screen, and in the run's facts."""
+def test_damage_in_the_journal_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the screen, and in the facts about the run."""
 
     def journalled(stop: bool) -> list[str]:
         with stage_run("headline", sections=(), inputs=[Path("input.jsonl")], outputs=[OUT]) as run:
@@ -274,30 +266,13 @@ def test_damage_in_the_journal_is_told(capsys: pytest.CaptureFixture[str]) -> No
     journal.write_text(journal.read_text().replace("q0", "q7"))
     assert journalled(stop=False) == ["q1"]
     assert "1 damaged records of an earlier run set aside in" in capsys.readouterr().err
-    assert last_runs()[-1]["damaged_records"] == 1
-
-
-def test_atomic_folder_replaces_all_or_nothing() -> None:
-    target = Path("checkpoints/some")
-    with atomic_folder(target) as fresh:
-        (fresh / "a").write_text("old")
-
-    def fail() -> None:
-        with atomic_folder(target) as fresh:
-            (fresh / "b").write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert [path.name for path in target.iterdir()] == ["a"]
-    with atomic_folder(target) as fresh:
-        (fresh / "c").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["c"]
-    assert [path.name for path in target.parent.iterdir()] == ["some"]  # no temporary folder is left
+    facts = last_runs()[-1]
+    assert facts["damaged_records"] == 1
+    assert facts["seconds"] >= 0 and facts["peak_memory_mib"] > 10 and "torch" in facts["versions"]
 
 
 def test_sigterm_ends_a_stage_in_order() -> None:
-    """As an ordinary exit, so that journals are closed; afterwards SIGTERM means what it meant before."""
+    """It is an ordinary exit, so that journals are closed. Afterwards SIGTERM has its earlier handler again."""
     before = signal.getsignal(signal.SIGTERM)
 
     def terminated() -> None:
@@ -311,84 +286,32 @@ def test_sigterm_ends_a_stage_in_order() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
-@pytest.mark.parametrize("between", [False, True], ids=["direct", "a shell in between"])
-def test_a_stage_ends_when_its_parent_is_killed(workplace: Path, between: bool) -> None:
-    """Killing dvc must not leave a stage writing on, also where the shell that dvc uses stays its parent."""
-    stage = (
-        "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
-        "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
-        "    Path('pid').write_text(str(os.getpid())); time.sleep(60)\n"
-    )
-    Path("stage.py").write_text(stage)
-    shell = f"{sys.executable} stage.py; true" if between else f"exec {sys.executable} stage.py"
+BEGIN = "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
+BETWEEN = pytest.mark.parametrize("between", [False, True], ids=["direct", "a shell in between"])
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+
+
+def start_under_a_parent(
+    program: str, between: bool, **environment: str
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Run a program as a child of another process, with or without a shell in between; returns parent and child."""
+    imports = "import os, time; from pathlib import Path; from stages.run.stage import stage_run\n"
+    note = "Path('.pid').write_text(str(os.getpid())); Path('.pid').rename('pid')\n"
+    Path("program.py").write_text(imports + program.replace("NOTE\n", note))
+    shell = f"{sys.executable} program.py; true" if between else f"exec {sys.executable} program.py"
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run(['sh', '-c', {shell!r}])"],
-        env={**os.environ, "PYTHONPATH": str(REPO), "DVC_STAGE": "headline"},
+        env={name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
+        | {"PYTHONPATH": str(REPO), **environment},
     )
-    wait_for(lambda: Path("pid").is_file() and bool(Path("pid").read_text()))
-    child = int(Path("pid").read_text())
-    parent.kill()
-    parent.wait()
-    for _ in range(200):
-        # An ended child that nobody has waited for yet is a zombie, Z.
-        state = Path(f"/proc/{child}/stat")
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the stage was still running 10 s after its parent was killed")
+    wait_for(Path("pid").is_file)
+    return parent, int(Path("pid").read_text())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
-@pytest.mark.parametrize("between", [False, True], ids=["direct", "a shell in between"])
-def test_a_stage_ends_when_its_parent_was_killed_while_it_started(workplace: Path, between: bool) -> None:
-    """The imports of a stage take seconds; DVC may be gone before the stage can ask who its parent is."""
-    stage = (
-        "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
-        "Path('pid').write_text(str(os.getpid()))\n"
-        "while not Path('go').exists(): time.sleep(0.01)\n"
-        "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
-        "    Path('began').write_text('')\n"
-    )
-    Path("stage.py").write_text(stage)
-    shell = f"{sys.executable} stage.py; true" if between else f"exec {sys.executable} stage.py"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", f"import subprocess; subprocess.run(['sh', '-c', {shell!r}])"],
-        env={**os.environ, "PYTHONPATH": str(REPO), "DVC_STAGE": "headline"},
-    )
-    wait_for(lambda: Path("pid").is_file() and bool(Path("pid").read_text()))
-    child = Path("/proc", Path("pid").read_text())
-    parent.kill()
-    parent.wait()
-    time.sleep(0.2)
-    adopter = int((child / "stat").read_text().rpartition(")")[2].split()[1])
-    if between:
-        adopter = int(Path(f"/proc/{adopter}/stat").read_text().rpartition(")")[2].split()[1])
-    if adopter != 1:
-        Path("go").touch()
-        pytest.skip(f"orphans are taken in by process {adopter} here, which cannot be told from a DVC")
-    Path("go").touch()
-    wait_for(lambda: not child.exists() or ") Z" in (child / "stat").read_text())
-    assert not Path("began").exists()
-
-
-def test_a_stage_started_by_hand_goes_on(workplace: Path) -> None:
-    """`nohup python -m stages ...` survives the shell it was started from."""
-    stage = (
-        "import os, time; from pathlib import Path; from stages.core.stage import stage_run\n"
-        "with stage_run('headline', sections=(), inputs=[], outputs=[Path('data/out.jsonl')]):\n"
-        "    Path('pid').write_text('started'); time.sleep(2); Path('data').mkdir(exist_ok=True)\n"
-        "    Path('data/out.jsonl').write_text('{}')\n"
-    )
-    Path("stage.py").write_text(stage)
-    environment = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"}
-    command = f"import subprocess; subprocess.run(['sh', '-c', '{sys.executable} stage.py; true'])"
-    parent = subprocess.Popen([sys.executable, "-c", command], env={**environment, "PYTHONPATH": str(REPO)})
-    wait_for(lambda: Path("pid").is_file())
-    parent.kill()
-    parent.wait()
-    wait_for(lambda: Path("data/out.manifest.json").is_file())
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended, also when nobody has waited for it yet (a zombie, Z)."""
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or ") Z" in state.read_text()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -399,8 +322,50 @@ def wait_for(condition: Callable[[], bool]) -> None:
     pytest.fail("nothing happened in 20 s")
 
 
-def test_a_full_disk_is_one_line_whoever_finds_out(workplace: Path) -> None:
-    """torch and safetensors raise errors of their own; other errors are left as they are."""
+@LINUX
+@BETWEEN
+def test_a_stage_ends_when_its_parent_is_killed(between: bool) -> None:
+    """When dvc is killed, the stage must not go on writing, even if the shell that dvc uses stays its parent."""
+    parent, child = start_under_a_parent(
+        BEGIN + "    NOTE\n    time.sleep(60)\n", between, DVC_STAGE="headline"
+    )
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: has_ended(child))
+
+
+@LINUX
+@BETWEEN
+def test_a_stage_ends_when_its_parent_was_killed_while_it_started(between: bool) -> None:
+    """The imports of a stage take seconds. DVC may be gone before the stage can ask who its parent is."""
+    program = (
+        "NOTE\nwhile not Path('go').exists(): time.sleep(0.01)\n" + BEGIN + "    Path('began').touch()\n"
+    )
+    parent, child = start_under_a_parent(program, between, DVC_STAGE="headline")
+    parent.kill()
+    parent.wait()
+    time.sleep(0.2)
+    adopter = psutil.Process(child).ppid()
+    if between:
+        adopter = psutil.Process(adopter).ppid()
+    Path("go").touch()
+    if adopter != 1:
+        pytest.skip(f"process {adopter} adopts orphans here, and it cannot be told from a DVC")
+    wait_for(lambda: has_ended(child))
+    assert not Path("began").exists()
+
+
+def test_a_stage_started_by_hand_goes_on() -> None:
+    """`nohup python -m stages ...` survives the shell it was started from."""
+    work = "    NOTE\n    time.sleep(2); Path('data').mkdir(); Path('data/out.jsonl').write_text('{}')\n"
+    parent, _ = start_under_a_parent(BEGIN + work, between=True)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: Path("data/out.manifest.json").is_file())
+
+
+def test_a_full_disk_is_one_line_whichever_library_finds_out() -> None:
+    """torch and safetensors raise errors of their own. Other errors stay as they are."""
     for error in (
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("I/O error: No space left on device (os error 28)"),

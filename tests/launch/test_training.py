@@ -1,0 +1,337 @@
+"""Training that runs out of memory, and training in several processes that fail in one way or another.
+
+After memory ran out, training goes on from the newest checkpoint with fewer rows, and the adapter stays the same.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from transformers import MistralConfig, MistralForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralModel
+
+from stages import sft
+from stages.launch.attempt import ROWS
+from stages.launch.training import train_everywhere
+from stages.policy.adapter import read_adapter
+from stages.run.errors import UserError
+from stages.run.files import read_json, write_jsonl
+from stages.run.params import BuiltModel, Sections, load_params
+from stages.run.paths import BASE, DPO_ADAPTER, PAIRS, SFT_ADAPTER, TRAIN, VALID
+from stages.run.stage import StageRun
+from stages.tiny.model import build_tokenizer, corpus
+from stages.tiny.problems import problems
+
+SMALL = Path(__file__).resolve().parents[1] / "small"
+STEPS = 6
+CHANGES = {
+    "batch: 16\n  learning_rate: 5e-4": "batch: 8\n  learning_rate: 1e-2",  # sft
+    "batch: 16\n  learning_rate: 2.0e-4": "batch: 8\n  learning_rate: 1e-2",  # dpo
+    "examples: 20": f"examples: {8 * STEPS}",
+    "checkpoint_steps: 10": "checkpoint_steps: 2",
+    "dropout: 0.05": "dropout: 0.0",  # what it draws depends on the rows of a pass
+    "select_steps: 20": "select_steps: 100",
+    "select_questions: 5": "select_questions: 1",
+    "select_max_new_tokens: 64": "select_max_new_tokens: 4",
+}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random base model, training problems and pairs, and parameters for six steps without dropout."""
+    shutil.copytree(SMALL, tmp_path, dirs_exist_ok=True)
+    profile = tmp_path / "profiles" / "small.yaml"
+    text = profile.read_text()
+    for old, new in CHANGES.items():
+        assert old in text
+        text = text.replace(old, new)
+    profile.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    model = load_params().model
+    assert isinstance(model, BuiltModel)
+    tokenizer = build_tokenizer(model, corpus(model))
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=None, initializer_range=0.2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+    made = [(one.question, one.answer) for one in islice(problems("train", 1), 8 * STEPS)]
+    rows = [{"id": str(i), "question": q, "answer": a, "gold": "1"} for i, (q, a) in enumerate(made)]
+    pairs = [{"prompt": q, "chosen": a, "rejected": "#### 7"} for q, a in made]
+    for path, content in ((TRAIN, rows), (PAIRS, pairs), (VALID, rows[:1])):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, content)
+    return tmp_path
+
+
+def start(stage: str, work: Path, entry: str = "", **hardware: Any) -> str:
+    """Run the training of a stage as its `main` does; returns what it printed."""
+    params = load_params()
+    params = params.model_copy(update={"hardware": params.hardware.model_copy(update=hardware)})
+    said = Console(file=io.StringIO(), width=200)
+    work.mkdir(exist_ok=True)
+    run = StageRun(stage, Sections(params, (stage, "prompt", "seed")), work, said)
+    train_everywhere(entry or f"stages.{stage}:train", run, getattr(params, stage).batch)
+    return said.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def assert_close(adapter: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """Fails unless the adapter was trained and equals `wanted`, up to rounding."""
+    got = read_adapter(adapter)
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-3)
+    assert any(tensor.abs().max() > 1e-2 for name, tensor in wanted.items() if "lora_B" in name)
+
+
+# ---- Out of memory -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[int]]:
+    """A function that makes training passes over more than `most` rows run out of memory, after `after` passes."""
+
+    def limit(most: int, after: int) -> list[int]:
+        seen: list[int] = []
+        forward = MistralModel.forward
+
+        def limited(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                seen.append(len(input_ids))
+                if len(seen) > after and len(input_ids) > most:
+                    raise torch.OutOfMemoryError("simulated")
+            return forward(self, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(MistralModel, "forward", limited)
+        return seen
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("stage", "adapter", "sequences"), [("sft", SFT_ADAPTER, 1), ("dpo", DPO_ADAPTER, 2)]
+)
+def test_half_the_rows_from_the_newest_checkpoint(
+    project: Path, limit_memory: Callable[[int, int], list[int]], stage: str, adapter: Path, sequences: int
+) -> None:
+    """Memory runs out in the fourth step, after the checkpoint of the second, and again with half the rows.
+
+    The steps after the checkpoint are done again with a quarter of the rows. The adapter is the same as when all
+    steps take a quarter of the rows.
+    """
+    if stage == "dpo":
+        start("sft", project / "sft")
+    start(stage, project / "small", per_device_batch=2)
+    wanted = read_adapter(adapter)
+    shutil.rmtree(adapter)
+    # DPO's validation has no gradients and is not counted. Each step of 8 rows is one pass.
+    seen = limit_memory(2 * sequences, 3)
+    said = start(stage, project / "large", per_device_batch=8)
+    assert f"{stage}  out of memory with 8 rows; trying again with 4" in said
+    assert f"{stage}  out of memory with 4 rows; trying again with 2" in said
+    four_passes = [8 * sequences] * 4
+    rest = [2 * sequences] * (4 * (STEPS - 2))
+    assert seen == [*four_passes, 4 * sequences, *rest]
+    assert_close(adapter, wanted)
+
+
+def test_gradient_checkpointing_is_tried_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` turns it on before it takes fewer rows. When not even one row fits, an error says what to do."""
+    start("sft", project / "small", per_device_batch=2)
+    wanted = read_adapter(SFT_ADAPTER)
+    shutil.rmtree(SFT_ADAPTER)
+    forward, most = MistralModel.forward, 8
+
+    def limited(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        checkpointing = any(layer.gradient_checkpointing for layer in self.layers)
+        if torch.is_grad_enabled() and (not checkpointing or len(input_ids) > most):
+            raise torch.OutOfMemoryError("simulated")
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(MistralModel, "forward", limited)
+    said = start("sft", project / "large", per_device_batch=8, gradient_checkpointing="auto")
+    assert "sft  out of memory with 8 rows; trying again with gradient checkpointing" in said
+    assert said.count("out of memory") == 1
+    assert_close(SFT_ADAPTER, wanted)
+    most = 0
+    for setting, advice in (("auto", "lower max_tokens"), (False, r"set hardware\.gradient_checkpointing")):
+        with pytest.raises(UserError, match=f"sft: out of memory with a single row; {advice}"):
+            start("sft", project / "none", per_device_batch=2, gradient_checkpointing=setting)
+
+
+def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memory runs out while the model is loaded, fewer rows cannot help."""
+
+    def load(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("simulated")
+
+    monkeypatch.setattr(sft, "load_base", load)
+    (project / "work").mkdir()
+    (project / "work" / ROWS).write_text('{"rows": 8, "checkpointing": false}')  # of an earlier run
+    with pytest.raises(UserError, match="sft: the model does not fit into memory"):
+        start("sft", project / "work")
+
+
+# ---- Several processes -------------------------------------------------------------------------------
+
+ENTRY = """
+import os, signal, time
+from pathlib import Path
+import torch
+from stages import sft
+from stages.launch import memory
+from stages.launch.attempt import ROWS
+from stages.run.errors import UserError
+from stages.run.files import write_json
+
+RANK = os.environ.get("RANK")
+
+def little_memory(run, most):
+    if RANK == "1":
+        memory.cpu_device = lambda processes: memory.Device("CPU", False, 1, 1)
+    sft.train(run, most)
+
+def begin(run, most):
+    rows = most or 8
+    with Path(f"process-{RANK}").open("a") as file:
+        file.write(f"{os.getpid()} {rows}\\n")
+    if RANK == "0":
+        write_json(run.work / ROWS, {"rows": rows, "checkpointing": True})
+    while RANK == "1" and not ((run.work / ROWS).is_file() and Path("process-0").is_file()):
+        time.sleep(0.01)
+    return rows
+
+def wait():
+    time.sleep(600)  # as in a sum to which the other process contributes
+
+def runs_out(run, most):
+    if begin(run, most) > 4:
+        if RANK == "1":
+            raise torch.OutOfMemoryError("simulated")
+        wait()
+
+def killed(run, most):
+    begin(run, most)
+    if RANK == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    wait()
+
+def mistaken(run, most):
+    begin(run, most)
+    raise UserError("data/x.jsonl: no pair to train on")
+
+def broken(run, most):
+    begin(run, most)
+    if RANK == "1":
+        raise ValueError("a bug")
+    wait()
+
+def waiting(run, most):
+    begin(run, most)
+    wait()
+"""
+
+
+@pytest.fixture
+def start_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """A function that starts one of the functions in ENTRY in two processes."""
+    (project / "entry.py").write_text(ENTRY)
+    profile = project / "profiles" / "small.yaml"
+    text = profile.read_text().replace("processes: 1", "processes: 2")
+    profile.write_text(text.replace("per_device_batch: 8", "per_device_batch: auto"))
+    monkeypatch.syspath_prepend(str(project))  # the processes inherit it
+    return lambda function: start("sft", project / "work", f"entry:{function}")
+
+
+def rows_of(rank: int) -> list[int]:
+    return [int(line.split()[1]) for line in Path(f"process-{rank}").read_text().splitlines()]
+
+
+def running() -> list[int]:
+    """The processes of ENTRY that have not ended."""
+    lines = [line for path in Path().glob("process-*") for line in path.read_text().splitlines()]
+    ids = [int(line.split()[0]) for line in lines]
+    return [
+        pid for pid in ids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def test_one_of_two_processes_runs_out_of_memory(
+    project: Path, start_two: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both start again with half the rows."""
+    said = start_two("runs_out")
+    assert "sft  out of memory with 8 rows; trying again with 4" in said
+    assert rows_of(0) == rows_of(1) == [8, 4]
+    assert read_json(project / "work" / ROWS) == {"rows": 4, "checkpointing": True}
+    assert capfd.readouterr().err == ""
+    assert running() == []
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "shown"),
+    [
+        ("killed", r"sft: training process 1 of 2 ended with status -9; .* Run the same command again", ""),
+        ("broken", r"sft: training process 1 of 2 ended with status 1; what it said is above", "ValueError: a bug"),
+        ("mistaken", r"^data/x\.jsonl: no pair to train on$", ""),
+    ],
+)  # fmt: skip
+def test_a_process_that_fails(
+    start_two: Callable[[str], str],
+    capfd: pytest.CaptureFixture[str],
+    function: str,
+    error: str,
+    shown: str,
+) -> None:
+    """The user reads one line, the traceback of a bug above it, and the other process ends too."""
+    with pytest.raises(UserError, match=error) as found:
+        start_two(function)
+    assert "\n" not in str(found.value)
+    printed = capfd.readouterr().err
+    assert printed.count("Traceback") == bool(shown)
+    assert shown in printed
+    assert running() == []
+
+
+def test_nothing_is_left_running_when_the_parent_is_killed(
+    project: Path, start_two: Callable[[str], str]
+) -> None:
+    repository, tests = SMALL.parents[1], Path(__file__).parent
+    code = "from pathlib import Path; from test_training import start; start('sft', Path('work'), 'entry:waiting')"
+    path = os.pathsep.join(map(str, (repository, tests, project)))
+    parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    while len(running()) < 2:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    ended = time.monotonic() + 30
+    while running():
+        assert time.monotonic() < ended
+        time.sleep(0.05)
+
+
+def test_two_processes_agree_on_their_rows(project: Path, start_two: Callable[[str], str]) -> None:
+    """`auto` looks at the free memory, which differs between processes. Both take the smaller number."""
+    start("sft", project / "one", per_device_batch=2, processes=1)
+    wanted = read_adapter(SFT_ADAPTER)
+    shutil.rmtree(SFT_ADAPTER)
+    start_two("little_memory")
+    assert read_json(project / "work" / ROWS) == {"rows": 1, "checkpointing": False}
+    assert_close(SFT_ADAPTER, wanted)
