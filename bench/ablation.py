@@ -26,8 +26,8 @@ import numpy as np
 from common import ROOT, call, change, copy_project, new_parser, note, print_table
 from scipy.stats import t as student
 
-from stages.regime_w.reward import reward
-from stages.regime_w.signals import score_group, soundness
+from stages.regime_w.reward import reward_parts
+from stages.regime_w.signals import analyse_group, judge, score_group
 from stages.run.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from stages.run.params import load_params
 from stages.run.paths import PAIRS, PLATINUM, PLATINUM_EVAL, SCORED
@@ -121,7 +121,9 @@ def shuffle(place: Path, seed: int) -> None:
         random.Random(f"{seed}/placebo/{record['id']}").shuffle(values)
         for row, value in zip(right, values, strict=True):
             row["s_wm"] = value
-            row["reward"] = reward(True, value, record["s_wm"], record["s_end"], row["tokens"], terms)
+            row["reward"] = reward_parts(
+                True, value, record["s_wm"], record["s_end"], row["tokens"], terms
+            ).total
     write_jsonl(place / SCORED, records)
 
 
@@ -148,7 +150,9 @@ def measure(place: Path) -> Measures:
         samples = row["samples"]
         views = [{"text": one["completion"], "answer": one["answer"]} for one in samples]
         right = [view for view, one in zip(views, samples, strict=True) if one["correct"]]
-        judged = [soundness(row["question"], solutions[row["id"]], row["gold"], one) for one in right]
+        gold = {"text": solutions[row["id"]], "answer": row["gold"]}
+        *mine, golds = analyse_group(row["question"], [*right, gold]).reasonings
+        judged = [judge(one, golds) for one in mine]
         s_wm = score_group(row["question"], views).mean("s_wm")
         found = (row["correct"], len(right) / len(samples), majority(samples), bool(right))
         for name, value in zip(names, (*found, len(right), judged.count("sound"), s_wm), strict=True):

@@ -19,7 +19,8 @@ import torch
 from stages.checkpoint import weights
 from stages.checkpoint.hub import Repository
 from stages.checkpoint.skeleton import skeleton
-from stages.checkpoint.source import MB, SMALL_FILES, Folder, Source, check_room, weight_files
+from stages.checkpoint.source import SMALL_FILES, Folder, Source, check_room, weight_files
+from stages.checkpoint.weights import MB
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder
 from stages.run.params import BuiltModel, DirectoryModel, HubModel

@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from stages.launch.cores import map_in_order, usable_cores
-from stages.regime_w.scorer import load_scorer, score_batch
+from stages.regime_w.scorer import QUESTION_FIELDS, load_scorer, score_batch
 from stages.regime_w.tally import Tally, write_plots
 from stages.run.errors import UserError
-from stages.run.files import FieldTypes, atomic_write, read_jsonl, write_json
+from stages.run.files import atomic_write, read_jsonl, write_json
 from stages.run.params import load_params
 from stages.run.paths import REGIME_W_METRICS, REGIME_W_PLOTS, ROLLOUTS, SCORED
 from stages.run.stage import stage_run
 
 BATCH = 64  # questions
 SMALL = 4_000_000  # bytes of rollouts below which starting processes costs more than it saves
-FIELDS: FieldTypes = {"id": str, "question": str, "gold": (str, int, float), "trajectories": list}
 
 
 def main(
@@ -70,6 +69,6 @@ def main(
 
 def batches(rollouts: Path) -> Iterator[list[dict[str, Any]]]:
     """The questions of the file in lists of BATCH."""
-    records = read_jsonl(rollouts, FIELDS)
+    records = read_jsonl(rollouts, QUESTION_FIELDS)
     while batch := list(islice(records, BATCH)):
         yield batch

@@ -12,14 +12,16 @@ from typing import Any
 from stages.page.facts import SUMMARIES, TABLES, page_facts
 from stages.page.render import render
 from stages.run.errors import UserError
-from stages.run.files import atomic_write, read_json, read_jsonl, write_json
+from stages.run.files import FieldTypes, atomic_write, read_json, read_jsonl, write_json
 from stages.run.paths import COMPARISON, PAGE, PLATINUM_DETAILS, PLATINUM_EVAL, POLICIES, POLICY_PLOT
 from stages.run.stage import stage_run
-from stages.stats.one import samples_in, summarise
+from stages.stats.one import BOOTSTRAP_SEED, samples_in
 from stages.stats.paired import compare
 
-SEED = 0  # of the bootstraps and of a permutation test too large to be exact
-FIELDS = {"id": str, "question": str, "completion": str, "correct": bool, "tokens": int, "finish": str}
+FIELDS: FieldTypes = {
+    "id": str, "question": str, "gold": str, "completion": str, "answer": (str, type(None)), "correct": bool,
+    "tokens": int, "finish": str, "leak": bool, "answers_found": int,
+}  # fmt: skip
 PLOTTED = ("accuracy", "accuracy_low", "accuracy_high", "mean", "mean_low", "mean_high", "truncated", "leak")
 
 
@@ -28,25 +30,25 @@ def main() -> None:
 
     Raises UserError when no policy was evaluated, or a file is damaged.
     """
-    # Inputs: the evaluated rows, and every metric and table that is there.
+    # Inputs: the policies that were evaluated, and every table and summary that is there.
     evaluated = {name: PLATINUM_EVAL / f"{name}.jsonl" for name in POLICIES}
     evaluated = {name: path for name, path in evaluated.items() if path.is_file()}
     if not evaluated:
         raise UserError(f"{PLATINUM_EVAL}: holds no base.jsonl, sft.jsonl or dpo.jsonl; run `dvc repro`")
     details = [PLATINUM_DETAILS / f"{name}.json" for name in evaluated]
-    read = [path for path in (*details, *SUMMARIES, *TABLES) if path.is_file()]
+    more = [path for path in (*SUMMARIES, *TABLES) if path.is_file()]
     with stage_run(
         "report",
         sections=(),
-        inputs=[*evaluated.values(), *read],
+        inputs=[*evaluated.values(), *details, *more],
         outputs=[PAGE, COMPARISON, POLICY_PLOT],
     ) as run:
         rows = {name: list(read_jsonl(path, FIELDS)) for name, path in evaluated.items()}
 
         # Each policy, and each pair of policies.
-        policies = {name: policy_metrics(name, rows[name]) for name in rows}
+        policies = {name: read_json(PLATINUM_DETAILS / f"{name}.json") for name in rows}
         comparisons = {
-            f"{a}_to_{b}": compare(rows[a], rows[b], POLICIES[a], POLICIES[b], SEED)
+            f"{a}_to_{b}": compare(rows[a], rows[b], POLICIES[a], POLICIES[b], BOOTSTRAP_SEED)
             for a, b in (("base", "sft"), ("sft", "dpo"), ("base", "dpo"))
             if a in rows and b in rows
         }
@@ -61,12 +63,6 @@ def main() -> None:
             run.say(f"{sentence['title']}, greedy: {sentence['greedy']}")
         for warning in [*facts["warnings"], *facts["disagreements"]]:
             run.say(f"WARNING {warning}")
-
-
-def policy_metrics(policy: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The metrics that evaluate wrote, or the same computed from the rows when that file is missing."""
-    path = PLATINUM_DETAILS / f"{policy}.json"
-    return read_json(path) if path.is_file() else dict(summarise(rows, SEED))
 
 
 def write_policies(policies: Mapping[str, Mapping[str, Any]]) -> None:

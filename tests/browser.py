@@ -89,7 +89,7 @@ class Browser:
                 return dict(answer["result"])
 
     def wait(self, session: str, method: str) -> None:
-        """Until an event of this name has come since the last `forget`."""
+        """Wait until the tab has reported an event of this name."""
         while not any(e["method"] == method for e in self.events(session)):
             self._read()
 

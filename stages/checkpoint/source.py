@@ -18,7 +18,7 @@ SMALL_FILES = (
 )
 
 
-MB, GB = 10**6, 10**9
+GB = 1_000_000_000
 
 
 class Folder:

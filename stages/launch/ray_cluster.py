@@ -22,6 +22,7 @@ from typing import Any
 from stages.run.errors import UserError
 from stages.run.files import sha256_file
 from stages.run.params import Hardware, load_params
+from stages.run.paths import PARAMS, PROFILES
 from stages.run.process import OFFLINE, SAME_ARITHMETIC, SILENT
 
 CHECK_SECONDS = 120  # how long a host may take to answer
@@ -101,7 +102,7 @@ def find_places(ray: Any, hardware: Hardware) -> list[Place]:
 def needed_files(*more: Path) -> list[Path]:
     """The files that a worker reads: code, parameters and `more` (the manifests of what it loads)."""
     code = sorted(Path("stages").rglob("*.py"))
-    return [*code, Path("params.yaml"), Path(f"profiles/{load_params().profile}.yaml"), *more]
+    return [*code, PARAMS, PROFILES / f"{load_params().profile}.yaml", *more]
 
 
 def check_hosts(ray: Any, places: Sequence[Place], files: Sequence[Path]) -> dict[str, str]:

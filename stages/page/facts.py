@@ -95,7 +95,14 @@ def page_facts(
         "summaries": [
             {"title": SUMMARIES[path], "rows": list(_flatten(values))} for path, values in metrics.items()
         ],
-        "manifests": [_manifest_facts(*one) for one in manifests.items()],
+        "manifests": [
+            {
+                **manifest.model_dump(),
+                "path": path.as_posix(),
+                "params_text": json.dumps(manifest.params, ensure_ascii=False, indent=2),
+            }
+            for path, manifest in manifests.items()
+        ],
         "disagreements": _disagreements(manifests) if LOCK.is_file() else [],
         "lock": LOCK.is_file(),
         "pinned": Path("requirements.txt").read_text(encoding="utf-8"),
@@ -105,22 +112,19 @@ def page_facts(
 
 def _policy_facts(name: str, values: Row) -> dict[str, Any]:
     k = samples_in(values)
-    kinds = (("mean", "mean@"), ("maj", "maj@"), ("pass", "pass@"), ("pass_hat", "pass^"))
-    samples = [
-        (f"{label}{k}", f"{key}_at_{k}" if key != "pass_hat" else f"pass_hat_{k}") for key, label in kinds
-    ]
-    rates = [
-        ("greedy, strict", "accuracy"),
-        ("greedy, flexible", "flexible"),
-        *samples,
-        ("agreement", "agreement"),
-    ]
+    rates = {
+        "greedy, strict": "accuracy",
+        "greedy, flexible": "flexible",
+        **{f"{kind}@{k}": f"{kind}_at_{k}" for kind in ("mean", "maj", "pass")},
+        f"pass^{k}": f"pass_hat_{k}",
+        "agreement": "agreement",
+    }
     return {
         "name": name,
         "metrics": values,
         "rates": {
             label: [values.get(key + end) for end in ("", "_low", "_high")]
-            for label, key in rates
+            for label, key in rates.items()
             if key in values
         },
     }
@@ -260,16 +264,6 @@ def _manifests() -> dict[Path, Manifest]:
     history = History()
     found = ((output, history.manifest(stage)) for stage, output in reversed(MADE_BY.items()))
     return {manifest_path(output): manifest for output, manifest in found if manifest}
-
-
-def _manifest_facts(path: Path, manifest: Manifest) -> dict[str, Any]:
-    return {
-        "stage": manifest.stage,
-        "path": path.as_posix(),
-        "params": manifest.params,
-        "params_text": json.dumps(manifest.params, ensure_ascii=False, indent=2),
-        "outputs": manifest.outputs,
-    }
 
 
 def _disagreements(manifests: Mapping[Path, Manifest]) -> list[str]:

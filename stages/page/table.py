@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def read_policies() -> dict[str, dict[str, Any]]:
-    """The metrics of the evaluated policies, in the order of the pipeline; empty when there are none."""
-    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in POLICIES}
-    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
-
-
 def print_results(console: Console | None = None) -> None:
     """Print what each policy scored, what changed from the one before it, and where to look next.
 
@@ -32,7 +26,8 @@ def print_results(console: Console | None = None) -> None:
     from rich.table import Table
 
     console = console or Console()
-    policies = read_policies()
+    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in POLICIES}
+    policies = {name: read_json(path) for name, path in paths.items() if path.is_file()}
     if not policies:
         raise UserError("metrics/platinum: there are no results yet; run `dvc repro`")
     comparisons: dict[str, Any] = read_json(COMPARISON) if COMPARISON.is_file() else {}

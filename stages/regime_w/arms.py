@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from math import sqrt
 from typing import Any
 
@@ -20,24 +19,25 @@ def add_sums(mine: Sums, theirs: Sums) -> None:
             mine[name] = mine.get(name, 0) + value
 
 
-def add_pulls(arms: Sums, pulls: Iterable[tuple[str, float, bool, bool]]) -> None:
-    """Add one question's pulls, each (arm, reward, correct, uniform), to the sums by arm.
+def add_pulls(arms: Sums, trajectories: list[dict[str, Any]]) -> None:
+    """Add one question's scored trajectories to the sums by arm.
 
     Means over adaptively allocated pulls are biased, so rewards are summed over uniform pulls only. Pulls that tie for
     the question's best reward share one point.
     """
-    rows = list(pulls)
-    compared = [value for _, value, _, uniform in rows if uniform]
-    top = max(compared, default=0.0)
-    for arm, value, correct, uniform in rows:
-        sums = arms.setdefault(arm, Counter())
-        sums["pulls"] += 1
-        if uniform:
-            sums["uniform"] += 1
-            sums["total"] += value
-            sums["squares"] += value * value
-            sums["correct"] += correct
-            sums["best"] += (value == top) / compared.count(top)
+    # A file with propensities says which pulls were uniform. Without them all were.
+    uniform = [pull for pull in trajectories if pull.get("uniform", "propensity" not in pull)]
+    rewards = [pull["reward"] for pull in uniform]
+    top = max(rewards, default=0.0)
+    for pull in trajectories:
+        arms.setdefault(str(pull.get("arm", "")), Counter())["pulls"] += 1
+    for pull, reward in zip(uniform, rewards, strict=True):
+        sums = arms[str(pull.get("arm", ""))]
+        sums["uniform"] += 1
+        sums["total"] += reward
+        sums["squares"] += reward * reward
+        sums["correct"] += pull["correct"]
+        sums["best"] += (reward == top) / rewards.count(top)
 
 
 def arm_rows(arms: Sums) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ class Pair:
             "id": f"{chosen['id']}>{pull}",
             "kind": self.kind,
             "question_id": self.question["id"],
-            "prompt": self.question["question"],
+            "prompt": self.question["question"],  # the bare question: `dpo` puts it into the profile's template
             "chosen": chosen["text"],
             "rejected": rejected["text"],
             "chosen_id": chosen["id"],

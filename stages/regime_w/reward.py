@@ -24,18 +24,6 @@ class RewardParts:
         return self.coherence + self.correct + self.consensus + self.length
 
 
-def reward(
-    correct: bool,
-    s_wm: float,
-    question_s_wm: float,
-    question_s_end: float,
-    tokens: int | None,
-    params: Reward,
-) -> float:
-    """The sum of `reward_parts`."""
-    return reward_parts(correct, s_wm, question_s_wm, question_s_end, tokens, params).total
-
-
 def reward_parts(
     correct: bool,
     s_wm: float,

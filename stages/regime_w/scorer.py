@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.regime_w import signals
-from stages.regime_w.reward import reward
+from stages.regime_w.reward import reward_parts
 from stages.regime_w.signals import SIGNALS, GroupScore, Reasoning
 from stages.regime_w.suspicion import suspicion
 from stages.regime_w.tally import Tally
 from stages.run.errors import UserError
-from stages.run.files import jsonl_line
+from stages.run.files import FieldTypes, jsonl_line
 from stages.text.answers import Reading, gold_answer, read_answer, same_answer
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stages.run.params import RegimeW
 
 ScoreGroup = Callable[..., Any]
+QUESTION_FIELDS: FieldTypes = {"id": str, "question": str, "gold": (str, int, float), "trajectories": list}
 ADDED_TO_QUESTION = (*SIGNALS, "suspicion", "suspect", "suspect_answer")
 ADDED_TO_TRAJECTORY = ("answer", "correct", "fault", "soundness", *SIGNALS, "reward")
 
@@ -79,6 +80,7 @@ class QuestionScorer:
             if correct:
                 soundness = signals.judge(reasoning, gold_reasoning) if gold_reasoning else "unproven"
             s_wm, tokens = score.s_wm[index], trajectory.get("tokens")
+            parts = reward_parts(correct, s_wm, means["s_wm"], means["s_end"], tokens, self.reward)
             row = {"id": f"{name}/{index}", **trajectory}
             for key in ADDED_TO_TRAJECTORY:  # of an earlier scoring; written again, in order
                 row.pop(key, None)
@@ -91,7 +93,7 @@ class QuestionScorer:
                 "s_path": score.s_path[index],
                 "s_cf": score.s_cf[index],
                 "s_wm": s_wm,
-                "reward": reward(correct, s_wm, means["s_wm"], means["s_end"], tokens, self.reward),
+                "reward": parts.total,
             }
             scored.append(row)
 

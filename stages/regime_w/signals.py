@@ -66,7 +66,7 @@ class Reasoning:
 
 @dataclass(slots=True, frozen=True)
 class GroupAnalysis:
-    """The numbers of a question and the reasoning of each trajectory. Equal texts with equal answers share one object."""
+    """The numbers of a question, and the reasoning of each trajectory: one object for equal texts and answers."""
 
     numbers: list[Number]
     reasonings: list[Reasoning]
@@ -156,22 +156,11 @@ def read_reasoning(
     return Reasoning(answer, solution, links, carrier, found, Counter(e.value for e in equations))
 
 
-def soundness(
-    question: str, solution_gold: str, gold: str | None, trajectory: Mapping[str, Any]
-) -> Soundness | None:
-    """Whether the answer of a correct trajectory changes as the gold's does when a number of the question changes.
+def judge(mine: Reasoning, golds: Reasoning) -> Soundness:
+    """Soundness of a correct trajectory: does its answer follow the gold's when a number of the question changes?
 
     'sound': it does, for every number. 'unproven': for some number one of the two is undefined. 'lucky': it does not.
-    None for an incorrect trajectory. `gold` is the gold solution's own answer.
     """
-    if trajectory["answer"] is None or trajectory["answer"] != gold:
-        return None
-    mine, golds = analyse_group(question, [trajectory, {"text": solution_gold, "answer": gold}]).reasonings
-    return judge(mine, golds)
-
-
-def judge(mine: Reasoning, golds: Reasoning) -> Soundness:
-    """Soundness of a correct trajectory's reasoning against the gold solution's."""
     if None in mine.counterfactuals or None in golds.counterfactuals:
         return "unproven"
     return "sound" if mine.counterfactuals == golds.counterfactuals else "lucky"

@@ -67,19 +67,7 @@ class Tally:
             self.bins[min(9, int(row["s_wm"] * 10)), row["correct"]] += 1
         for row in right:
             self.soundness[row["soundness"]] += 1
-        # A file with propensities says which pulls were uniform; any other holds uniform pulls only.
-        add_pulls(
-            self.arms,
-            [
-                (
-                    str(row.get("arm", "")),
-                    row["reward"],
-                    row["correct"],
-                    row.get("uniform", "propensity" not in row),
-                )
-                for row in rows
-            ],
-        )
+        add_pulls(self.arms, rows)
         sound = [row for row in right if row["soundness"] == "sound"]
         lucky = [row for row in right if row["soundness"] == "lucky"]
         group = zlib.crc32(name.encode()) % GROUPS

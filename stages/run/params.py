@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stages.run.errors import UserError
+from stages.run.paths import PARAMS, PROFILES
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Temperature = Annotated[float, Field(ge=0, le=5)]
+Temperature = Annotated[float, Field(gt=0, le=5)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Revision = Annotated[
     str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, so that it cannot move")
@@ -265,7 +266,7 @@ class Arm(Section):
     """One way to ask."""
 
     style: str
-    temperature: Annotated[float, Field(gt=0, le=5)]
+    temperature: Temperature
     top_p: TopP
     system: str | None = None
 
@@ -326,7 +327,7 @@ class Evaluate(Section):
 
     max_new_tokens: Positive
     samples: Count
-    temperature: Annotated[float, Field(gt=0, le=5)]
+    temperature: Temperature
     top_p: TopP
 
 
@@ -399,7 +400,7 @@ class Sections:
 
 def load_params(root: Path = Path()) -> Params:
     """Read and check `params.yaml` and its profile under `root`. Raises UserError with file, line and key."""
-    run, run_lines = _read_yaml(root / "params.yaml")
+    run, run_lines = _read_yaml(root / PARAMS)
     for key in run:
         if key not in RUN_SECTIONS:
             raise UserError(
@@ -407,13 +408,13 @@ def load_params(root: Path = Path()) -> Params:
                 f"{', '.join(RUN_SECTIONS)}, and what depends on the model is in profiles/"
             )
     profile = run.get("profile")
-    profiles = sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+    profiles = sorted(path.stem for path in (root / PROFILES).glob("*.yaml"))
     if profile not in profiles:
         raise UserError(
             f"params.yaml:{_line(run_lines, ('profile',))}: profile: '{profile}' is unknown; "
             f"choose one of {', '.join(profiles)}"
         )
-    profile_file = f"profiles/{profile}.yaml"
+    profile_file = (PROFILES / f"{profile}.yaml").as_posix()
     model, model_lines = _read_yaml(root / profile_file)
     for key in model:
         if key in RUN_SECTIONS:

@@ -26,6 +26,7 @@ Row = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
+BOOTSTRAP_SEED = 0  # of the comparisons, and of logs from elsewhere
 # Above these shares of the greedy completions the accuracy is more about the cut than about the model.
 LEAK_LIMIT = 0.01
 TRUNCATED_LIMIT = 0.05

@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages import base
 from stages.checkpoint import skeleton, weights
 from stages.run.errors import UserError
-from stages.run.params import load_params
 from tests.checkpoint.hub_server import Hub
 from tests.model_files import abel_files, problems, r1_files
 
@@ -222,6 +221,7 @@ def test_a_hub_that_goes_away_and_comes_back(hub: Hub, abel: Path) -> None:
     hub.cut, hub.leave = {SHARDS[1]: 50_000}, True
     line = refused(f"the connection broke at {SHARDS[1]}")
     assert "what has come is kept, so run the same command again" in line
+    refused("127.0.0.1 cannot be reached (Server disconnected")  # half a cache is not enough
     hub.leave = hub.down = False
     base.main()
     assert_converted(abel)
@@ -294,13 +294,6 @@ def test_a_damaged_cache_is_mended(hub: Hub, abel: Path, capsys: pytest.CaptureF
     assert f"{SHARDS[0]} in the hub's cache is damaged; it is downloaded anew" in capsys.readouterr().err
 
 
-def test_half_a_cache_without_the_hub(hub: Hub) -> None:
-    """What is there is not enough: the line says why nothing can be fetched."""
-    hub.cut, hub.leave = {SHARDS[2]: 10_000}, True
-    refused(f"the connection broke at {SHARDS[2]}")
-    refused("127.0.0.1 cannot be reached (Server disconnected")
-
-
 def test_the_same_file_of_another_revision_is_not_downloaded_again(hub: Hub, abel: Path) -> None:
     base.main()
     before, hub.revision = hub.served.copy(), "a" * 40
@@ -356,16 +349,6 @@ def test_the_token_of_a_file_is_not_used(hub: Hub, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     base.main()
     assert {sent for _, _, sent in hub.requests} == {None}
-
-
-def test_a_branch_is_refused() -> None:
-    """A branch moves; only a whole commit hash names the same files next year."""
-    path = Path("profiles/abel-7b.yaml")
-    text = path.read_text(encoding="utf-8")
-    for name in ("main", REVISION[:12]):
-        path.write_text(text.replace(REVISION, name), encoding="utf-8")
-        with pytest.raises(UserError, match=r"model\.revision: .*40.*found '" + name):
-            load_params()
 
 
 def test_a_tag_that_looks_like_a_commit_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,18 +607,15 @@ def test_damaged_files_are_named(abel: Path, damage: Callable[[Path], None], mes
         ("pytorch_model.bin.index.json", {}, "has no weight_map"),
         ("config.json", {"model_type": "none-such"}, "config.json cannot be read"),
         ("tokenizer.json", {}, "the tokenizer cannot be read"),
+        ("pytorch_model.bin.index.json", None, "has no weights that are read here"),
     ],
 )
 def test_wrong_small_files_are_named(abel: Path, name: str, content: Any, message: str) -> None:
     folder = copy(abel)
-    (folder / name).write_text(json.dumps(content))
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(json.dumps(content))
     assert str(folder) in refused(message)
-
-
-def test_no_weights_at_all(abel: Path) -> None:
-    folder = copy(abel)
-    (folder / "pytorch_model.bin.index.json").unlink()
-    refused(f"{folder}: has no weights that are read here")
 
 
 def test_tied_and_shared_tensors(abel: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,13 +14,15 @@ ARMS = [f"arm{number}" for number in range(8)]
 SKILLS = dict(zip(ARMS, (0.9, 0.97, 0.98, 0.98, 0.99, 0.99, 0.99, 0.5), strict=True))
 
 
+def pulls(arms: str, rewards: list[float], uniform: bool = True) -> list[dict[str, Any]]:
+    pairs = zip(arms, rewards, strict=True)
+    return [{"arm": arm, "reward": value, "correct": value > 0, "uniform": uniform} for arm, value in pairs]
+
+
 def test_arm_rows() -> None:
     arms: Sums = {}
-    add_pulls(arms, [("a", 1.0, True, True), ("b", 1.0, True, True), ("c", 0.0, False, True)])
-    add_pulls(
-        arms,
-        [("a", 1.0, True, True), ("b", 0.0, False, True), ("c", 0.0, False, True), ("a", 9.0, True, False)],
-    )
+    add_pulls(arms, pulls("abc", [1.0, 1.0, 0.0]))
+    add_pulls(arms, pulls("abc", [1.0, 0.0, 0.0]) + pulls("a", [9.0], uniform=False))
     rows = {row["arm"]: row for row in arm_rows(arms)}
     assert (rows["a"]["pulls"], rows["a"]["uniform_pulls"]) == (3, 2)
     assert [rows[arm]["mean_reward"] for arm in "abc"] == [1.0, 0.5, 0.0]  # the adaptive pull is left out
@@ -30,16 +34,15 @@ def test_arm_rows() -> None:
 
 def test_parts_of_a_file_add_up() -> None:
     whole: Sums = {}
-    first: Sums = {}
-    second: Sums = {}
+    parts: list[Sums] = [{}, {}]
     for number in range(20):
-        pulls = [(arm, float((number * index) % 3), number % 2 == 0, True) for index, arm in enumerate("abc")]
-        add_pulls(whole, pulls)
-        add_pulls(first if number < 9 else second, pulls)
-    add_sums(first, second)
-    assert first.keys() == whole.keys()
+        made = pulls("abc", [float((number * index) % 3) for index in range(3)])
+        add_pulls(whole, made)
+        add_pulls(parts[number > 8], made)
+    add_sums(parts[0], parts[1])
+    assert parts[0].keys() == whole.keys()
     for arm, sums in whole.items():
-        assert first[arm] == pytest.approx(sums)
+        assert parts[0][arm] == pytest.approx(sums)
 
 
 def test_uniform_pulls_every_arm_once() -> None:

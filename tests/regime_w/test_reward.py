@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.regime_w.reward import reward
+from stages.regime_w.reward import reward_parts
 from stages.run.params import Reward
 
 DEFAULT = {
@@ -41,11 +41,19 @@ def test_reward(
     terms: Reward,
     expected: float,
 ) -> None:
-    assert reward(correct, s_wm, mean_wm, mean_end, tokens, terms) == pytest.approx(expected, abs=1e-12)
+    assert reward_parts(correct, s_wm, mean_wm, mean_end, tokens, terms).total == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_classical_formula_cannot_rank_two_correct_trajectories() -> None:
     """The reason this project exists: at kappa 0 two correct trajectories of one question always tie."""
     classical = params(kappa=0.0)
-    assert reward(True, 0.9, 0.5, 0.5, 10, classical) == reward(True, 0.1, 0.5, 0.5, 10, classical)
-    assert reward(True, 0.9, 0.5, 0.5, 10, params()) > reward(True, 0.1, 0.5, 0.5, 10, params())
+    assert (
+        reward_parts(True, 0.9, 0.5, 0.5, 10, classical).total
+        == reward_parts(True, 0.1, 0.5, 0.5, 10, classical).total
+    )
+    assert (
+        reward_parts(True, 0.9, 0.5, 0.5, 10, params()).total
+        > reward_parts(True, 0.1, 0.5, 0.5, 10, params()).total
+    )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.regime_w.signals import SIGNALS, GroupScore, analyse_group, score_group, soundness
+from stages.regime_w.signals import SIGNALS, GroupScore, analyse_group, judge, score_group
 from stages.text.answers import read_answer
 
 QUESTION = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
@@ -147,5 +147,5 @@ def test_s_cf_is_blind_to_commuting_operands(
 def test_soundness() -> None:
     gold = TEXTS[0]
     views = group([*TEXTS, "It must be #### 10"])
-    verdicts = [soundness(QUESTION, gold, "10", view) for view in views]
-    assert verdicts == ["sound", "sound", "lucky", None, "unproven"]
+    *found, golds = analyse_group(QUESTION, [*views, *group([gold])]).reasonings
+    assert [judge(one, golds) for one in found] == ["sound", "sound", "lucky", "lucky", "unproven"]

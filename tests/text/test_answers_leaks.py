@@ -52,15 +52,10 @@ def test_text_after_an_end_token_is_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    "completion",
-    [
-        "The problem states that 9*2=18.\n#### 18",
-        "Quentin, a User: no\n#### 18",
-        "Let's think step by step.\n#### 18",
-    ],
+    "start", ["The problem states that 9*2=18.", "Quentin, a User: no", "Let's think step by step."]
 )
-def test_ordinary_words_are_no_leak(completion: str) -> None:
-    reading = read_answer(completion, QUESTION)
+def test_ordinary_words_are_no_leak(start: str) -> None:
+    reading = read_answer(f"{start}\n#### 18", QUESTION)
     assert (reading.answer, reading.leak) == ("18", False)
 
 

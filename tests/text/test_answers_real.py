@@ -19,19 +19,13 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 @needs_data
-@pytest.mark.parametrize(
-    "model", ["6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"]
-)
-def test_all_published_verdicts(model: str) -> None:
-    verdicts = [
-        same_answer(
-            read_answer(row[model]["solution"], row["question"]).answer, gold_answer(row["ground_truth"])
-        )
-        for row in rows("gsm8k/example_model_solutions.jsonl")
-    ]
-    published = [row[model]["is_correct"] for row in rows("gsm8k/example_model_solutions.jsonl")]
-    assert len(verdicts) == 1319
-    assert verdicts == published
+def test_all_published_verdicts() -> None:
+    solutions = rows("gsm8k/example_model_solutions.jsonl")
+    assert len(solutions) == 1319
+    for row in solutions:
+        for model in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
+            answer = read_answer(row[model]["solution"], row["question"]).answer
+            assert same_answer(answer, gold_answer(row["ground_truth"])) == row[model]["is_correct"]
 
 
 @needs_data
@@ -47,9 +41,6 @@ def test_abel_sample() -> None:
 def test_every_gold_parses(name: str) -> None:
     for row in rows(name):
         reading = read_answer(row["answer"], row["question"])
-        assert (
-            reading.answer
-            == row["answer"].split("####")[1].replace(",", "").strip()
-            == gold_answer(row["answer"])
-        )
+        stated = row["answer"].split("####")[1].replace(",", "").strip()
+        assert reading.answer == gold_answer(row["answer"]) == stated
         assert (reading.found, reading.leak) == (1, False)

@@ -49,19 +49,14 @@ def text_of(ids: list[int]) -> str:
 
 
 def test_plain_prompt_begins_with_the_start_token_once() -> None:
-    """<s>, the filled template, and no end token."""
+    """<s>, the filled template, and no end token. A tokenizer without a start token puts nothing in front."""
     ids = prompt_ids(Characters(), PLAIN, "Why?")
     assert ids[0] == 1 and text_of(ids[1:]) == "Question: Why?\nAnswer:\n"
-
-
-def test_tokenizer_without_start_token() -> None:
-    """Nothing is put in front."""
     assert text_of(prompt_ids(Characters(bos=None), PLAIN, "Why?", "short")) == "Why? "
 
 
 def test_style_is_chosen_by_name() -> None:
     """The default one when not given; an unknown one is an error, not the default."""
-    assert prompt_text(PLAIN, "Why?", "short") == "Why? "
     assert prompt_text(PLAIN, "Why?") == prompt_text(PLAIN, "Why?", "plain")
     with pytest.raises(KeyError):
         prompt_text(PLAIN, "Why?", "long")
@@ -90,22 +85,17 @@ def test_an_arms_system_line_replaces_the_profiles() -> None:
     assert [message["role"] for message in prompt_messages(silent, "Why?")] == ["user"]
 
 
-def test_completion_as_the_solution_stands() -> None:
-    """`{solution}` is the gold's worked text."""
-    assert completion_text(PLAIN, SOLUTION + "\n") == SOLUTION
-
-
-def test_completion_in_parts() -> None:
-    """`{steps}` is what comes before the last ####, `{answer}` what follows."""
-    expected = "<think>\nShe has <<3*4=12>>12 apples.\n12 - 2 = 10\n</think>\n\nThe answer is 10."
-    assert completion_text(CHAT, SOLUTION) == expected
-
-
-def test_solution_that_holds_a_placeholder() -> None:
-    """Text of the data is never taken for a placeholder."""
-    assert (
-        completion_text(PLAIN, "{steps} {answer} {solution}\n#### 1") == "{steps} {answer} {solution}\n#### 1"
-    )
+@pytest.mark.parametrize(
+    ("prompt", "solution", "expected"),
+    [
+        (PLAIN, SOLUTION + "\n", SOLUTION),
+        (CHAT, SOLUTION, "<think>\nShe has <<3*4=12>>12 apples.\n12 - 2 = 10\n</think>\n\nThe answer is 10."),
+        (PLAIN, "{steps} {answer} {solution}\n#### 1", "{steps} {answer} {solution}\n#### 1"),
+    ],
+)
+def test_completion_is_the_solution_or_its_parts(prompt: Prompt, solution: str, expected: str) -> None:
+    """`{steps}` is what comes before the last ####, `{answer}` what follows. Placeholders in the data are text."""
+    assert completion_text(prompt, solution) == expected
 
 
 def test_completion_ends_with_the_end_token() -> None:

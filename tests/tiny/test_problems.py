@@ -46,9 +46,8 @@ def calculate(expression: str) -> int:
     first, *rest = re.findall(r"\d+|[-+*/]", expression)
     value = int(first)
     for operator, number in zip(rest[::2], map(int, rest[1::2]), strict=True):
-        value = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}[
-            operator
-        ]
+        results = {"+": value + number, "-": value - number, "*": value * number, "/": value // number}
+        value = results[operator]
     return value
 
 
@@ -75,10 +74,8 @@ def test_golds_are_right(split: Split) -> None:
 def test_splits_share_nothing_whatever_the_seeds() -> None:
     """Also when every split is drawn by another seed: the key decides, not the order of drawing."""
     for seeds in ((1, 1, 1, 1), (1, 2, 3, 4), (17, 99, 17, 5)):
-        keys = [
-            {problem.key for problem in take(split, 1500, seed)}
-            for split, seed in zip(SPLITS, seeds, strict=True)
-        ]
+        drawn = [take(split, 1500, seed) for split, seed in zip(SPLITS, seeds, strict=True)]
+        keys = [{problem.key for problem in part} for part in drawn]
         assert sum(map(len, keys)) == len(set().union(*keys)) == 4 * 1500
 
 
@@ -99,12 +96,6 @@ def test_the_default_run_holds_out_what_it_says() -> None:
 def test_the_same_seed_gives_the_same_problems() -> None:
     assert [p.question for p in take("train", 50, 3)] == [p.question for p in take("train", 50, 3)]
     assert [p.question for p in take("train", 50, 3)] != [p.question for p in take("train", 50, 4)]
-
-
-def test_without_mistakes_the_text_is_the_solution() -> None:
-    rng = random.Random(0)
-    for problem in take("corpus", 500):
-        assert mistaken(problem, "plain", rng, 0.0, 0.0) == problem.solution("plain")
 
 
 def test_mistakes_are_in_the_operation_never_in_the_sum() -> None:
@@ -131,6 +122,7 @@ def test_systematic_mistakes_are_as_frequent_as_asked_for() -> None:
     drawn = take("corpus", 6000)
     sound = [problem for problem in drawn if not has_confused(problem)]
     assert all(mistaken(problem, "plain", rng, 1.0, 0.0) == problem.answer for problem in sound)
+    assert all(mistaken(problem, "plain", rng, 0.0, 0.0) == problem.answer for problem in drawn)
     # A plain count far from zero: no mistake is taken back for making it negative or indivisible.
     one = [
         problem
