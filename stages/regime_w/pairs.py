@@ -75,7 +75,8 @@ class Pair:
             "id": f"{chosen['id']}>{pull}",
             "kind": self.kind,
             "question_id": self.question["id"],
-            "prompt": self.question["question"],  # the bare question: `dpo` puts it into the profile's template
+            # The bare question; `dpo` puts it into the prompt of the profile.
+            "prompt": self.question["question"],
             "chosen": chosen["text"],
             "rejected": rejected["text"],
             "chosen_id": chosen["id"],

@@ -2,27 +2,22 @@
 
 It runs no stage and leaves nothing behind. A wrong template or path, or a machine too small for the model, shows here
 and not in the middle of the night.
-
-    stage      needs      rows at once    fits
-    sft        23.7 GiB   8 rows          yes
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from itertools import islice, takewhile
+import symtable
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from stages.launch import memory
 from stages.launch.devices import engine_kind, micro_batch, training_processes
@@ -34,7 +29,6 @@ from stages.run.params import (
     DirectoryModel,
     Dpo,
     FilesData,
-    GeneratedData,
     HubModel,
     Params,
     Sft,
@@ -43,60 +37,42 @@ from stages.run.params import (
 from stages.run.paths import BASE, TRAIN, WORK
 from stages.run.stage import MANIFEST
 from stages.text.prompts import completion_text, prompt_messages, prompt_text
-from stages.tiny.problems import problems
+from stages.tools.show import EXAMPLE, new_console, new_table, raise_first
 
 NVIDIA, WINDOWS = Path("/dev/nvidiactl"), Path("/dev/dxg")  # one is there when a GPU has its driver
 GB = 10**9
 SCORER_FUNCTION = "score_group"
-# Shown while there is no data and none can be generated.
-SAMPLE = {
-    "question": "Ann has 3 bags of 4 apples and eats 2. How many apples are left?",
-    "answer": "There are <<3*4=12>>12 apples.\nAfter eating 2 there are <<12-2=10>>10.\n#### 10",
-}
+SOLUTION = "There are <<3*4=12>>12 apples.\nAfter eating 2 there are <<12-2=10>>10.\n#### 10"
 
 
-def main(console: Console | None = None, gpu_memory: float | None = None) -> None:
+def main(gpu_memory: float | None = None) -> None:
     """Check parameters, files, memory, disks and prompts, and print what was found.
 
     `gpu_memory` (GiB) asks about GPUs of that size instead of this machine; its disks are then left out. Everything
     wrong is printed, and the first thing is raised as a UserError.
     """
-    console = console or Console()
+    console = new_console()
     params = load_params()
     checks = [("params.yaml", ""), (f"profiles/{params.profile}.yaml", ""), *_files(params)]
     if not gpu_memory:
         checks += _gpu()
-    verdicts = [f"[red]{escape(problem)}[/red]" if problem else "[green]OK[/green]" for _, problem in checks]
-    _print_table(console, ("checked", ""), zip((escape(name) for name, _ in checks), verdicts, strict=True))
-    _raise_first([f"{name}: {problem}" for name, problem in checks if problem])
+    table = new_table("checked", "")
+    for name, problem in checks:
+        table.add_row(name, Text(problem, "red") if problem else Text("OK", "green"))
+    console.print(table)
+    raise_first([f"{name}: {problem}" for name, problem in checks if problem])
 
     too_little = _print_needs(console, params, gpu_memory)
 
-    example, origin = _example(params)
+    example, origin = _example()
     tokenizer, note = _tokenizer(params)
     console.print(f"\nThe first prompts, filled with {origin}", style="bold")
     if note:
-        _print_text(console, note)
+        console.print(note, soft_wrap=True)
     for title, text in _prompts(params, example, tokenizer):
         console.rule(title, align="left", style="dim")
-        _print_text(console, text)
-    _raise_first(too_little)
-
-
-def _raise_first(problems: list[str]) -> None:
-    if problems:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
-
-
-def _print_text(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_table(console: Console, titles: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*titles, box=SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        console.print(text, soft_wrap=True)
+    raise_first(too_little)
 
 
 # ---- Files -------------------------------------------------------------------------------------------
@@ -122,19 +98,11 @@ def _files(params: Params) -> Iterator[tuple[str, str]]:
 def _scorer_problem(path: Path) -> str:
     """What is wrong with the scorer file. It is read, not run: it may be private, slow or unfinished."""
     try:
-        tree = ast.parse(path.read_bytes())
+        names = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec").get_identifiers()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except (SyntaxError, ValueError) as error:
         return f"not valid Python ({error})"
-    names: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     return "" if SCORER_FUNCTION in names else f"defines no {SCORER_FUNCTION}(question, trajectories)"
 
 
@@ -154,43 +122,38 @@ def _gpu() -> Iterator[tuple[str, str]]:
 def _print_needs(console: Console, params: Params, gpu_memory: float | None) -> list[str]:
     """Print what the run needs and what is there; return one line for each disk or memory that is too small."""
     devices = find_devices(params, gpu_memory)
-    device = min(
-        devices, key=lambda one: one.free
-    )  # every process takes as many rows as the fullest device can
-    size = (
-        f"{gpu_memory:g} GiB"
-        if gpu_memory
-        else f"{device.free / GIB:.1f} GiB free of {device.total / GIB:.1f}"
-    )
+    device = min(devices, key=lambda one: one.free)  # all processes take the rows that fit on the fullest one
     processes = "1 process" if len(devices) == 1 else f"{len(devices)} processes"
-    on_another_machine = (
-        gpu_memory and params.hardware.engine == "auto"
-    )  # what is installed there is not known
-    engine = "" if on_another_machine else f", engine {engine_kind(params.hardware)}"
-    console.print(f"\n{processes} on {escape(device.name)}, {size}{engine}", style="bold")
+    size = f"{device.free / GIB:.1f} GiB free of {device.total / GIB:.1f}"
+    # Nobody knows which engine is installed on another machine.
+    unknown = gpu_memory and params.hardware.engine == "auto"
+    engine = "" if unknown else f", engine {engine_kind(params.hardware)}"
+    console.print(f"\n{processes} on {device.name}, {size}{engine}", style="bold")
     try:
         shape = find_shape(params)
-    except UserError as unknown:  # such a model may run all the same
-        _print_text(console, str(unknown))
+    except UserError as error:  # such a model may run all the same
+        console.print(str(error), soft_wrap=True)
         return []
     if shape is None:
-        _print_text(
-            console,
+        console.print(
             "How much memory and disk the run needs is known once the model's config is here: `dvc repro base`, "
             "which looks for enough disk space before it downloads the model.",
+            soft_wrap=True,
         )
         return []
-    titles = ("stage", "needs", "rows at once", "fits")
-    _print_table(console, titles, estimates(params, shape, device, len(devices)))
+    table = new_table("stage", "needs", "rows at once", "fits")
+    for row in estimates(params, shape, device, len(devices)):
+        table.add_row(*row)
+    console.print(table)
     if gpu_memory:
         return []
-    table, too_little = [], []
+    table, too_little = new_table("room for", "needs", "free", "fits"), []
     for what, need, free in needed_room(params, shape, devices):
-        cells = what, f"{need / GB:.1f} GB", f"{free / GB:.1f} GB", "yes" if free >= need else "no"
-        table.append(cells)
+        needed, there = f"{need / GB:.1f} GB", f"{free / GB:.1f} GB"
+        table.add_row(what, needed, there, "yes" if free >= need else "no")
         if free < need:
-            too_little.append(f"{what}: {cells[1]} are needed and {cells[2]} are free (docs/rented-host.md)")
-    _print_table(console, ("room for", "needs", "free", "fits"), table)
+            too_little.append(f"{what}: {needed} are needed and {there} are free (docs/rented-host.md)")
+    console.print(table)
     return too_little
 
 
@@ -358,17 +321,12 @@ def _dvc_cache() -> tuple[Path, bool]:
 # ---- Prompts -----------------------------------------------------------------------------------------
 
 
-def _example(params: Params) -> tuple[dict[str, Any], str]:
+def _example() -> tuple[dict[str, Any], str]:
     """A question with its gold solution, and where it comes from."""
-    files = [TRAIN, *([Path(params.data.train)] if isinstance(params.data, FilesData) else [])]
-    for file in files:
-        if file.is_file():
-            for row in islice(read_jsonl(file, {"question": str, "answer": str}), 1):
-                return row, f"the first row of {file}"
-    if isinstance(params.data, GeneratedData):
-        problem = next(problems("train", params.seed))
-        return {"question": problem.question, "answer": problem.answer}, "the first generated problem"
-    return SAMPLE, "a sample question (run `dvc repro prepare` to see one of your own)"
+    sample = {"question": EXAMPLE, "answer": SOLUTION}
+    if TRAIN.is_file():
+        return next(read_jsonl(TRAIN, {"question": str, "answer": str}), sample), f"the first row of {TRAIN}"
+    return sample, "a sample question (run `dvc repro prepare` to see one of your own)"
 
 
 def _tokenizer(params: Params) -> tuple[Any, str]:

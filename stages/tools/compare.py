@@ -1,34 +1,27 @@
 """`python -m stages compare A B`: the paired comparison of two graded logs of the same questions.
 
-    python -m stages compare data/platinum_eval/sft.jsonl data/platinum_eval/dpo.jsonl --show lost 3
-
 Questions are paired by id, in whatever order they come. Only the id of each question, its verdict and the hash of
 its completion stay in memory, so that logs of gigabytes can be compared.
 """
 
 from __future__ import annotations
 
-import json
 from array import array
 from dataclasses import dataclass, field
 from itertools import islice
-from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from stages.run.errors import UserError
 from stages.run.files import read_numbered_jsonl
-from stages.stats.one import wilson
+from stages.stats.one import BOOTSTRAP_SEED, wilson
 from stages.stats.paired import Side, compare_sides, p_words
 from stages.tools.fields import find, question_id, require
-from stages.tools.show import new_console, new_table
+from stages.tools.show import at_most, new_console, new_table, print_json, printable
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-SEED = 0  # of the bootstraps, as in the report
 NAMED = 5  # questions without a partner that are named
 ENDING = 600  # characters of a completion that are shown
 VERDICT = "correct"
@@ -67,7 +60,6 @@ def main(
     correct_field: str = VERDICT,
     show: tuple[str, int] | None = None,
     as_json: bool = False,
-    console: Console | None = None,
 ) -> None:
     """Print the comparison of log `b` with log `a`; `show` is ('gained' | 'lost', how many questions to print).
 
@@ -85,29 +77,27 @@ def main(
     only_b = [key for key in log_b.place if key not in log_a.place]
     order_a, order_b = (np.array([log.place[key] for key in shared]) for log in (log_a, log_b))
     side_a, side_b = log_a.side(order_a, len(only_a)), log_b.side(order_b, len(only_b))
-    same = _identical(log_a, log_b, order_a, order_b)
-    result = compare_sides(side_a, side_b, same, name_a, name_b, SEED)
+    texts_a, texts_b = np.array(log_a.completion)[order_a], np.array(log_b.completion)[order_b]
+    same = int(((texts_a == texts_b) & (texts_a != 0)).sum()) if texts_a.any() and texts_b.any() else None
+    result = compare_sides(side_a, side_b, same, name_a, name_b, BOOTSTRAP_SEED)
     for letter, side in (("a", side_a), ("b", side_b)):
         low, high = wilson(int(side.correct.sum()), len(shared))
         result |= {f"accuracy_{letter}_low": low, f"accuracy_{letter}_high": high}
-
-    shown: list[dict[str, Any]] = []
+    if as_json:
+        print_json({"a": str(a), "b": str(b), **result, "only_a_ids": only_a, "only_b_ids": only_b})
+        return
+    console = new_console()
+    _print(console, result, (name_a, only_a), (name_b, only_b))
     if show:
         before, after = (side_a, side_b) if show[0] == "gained" else (side_b, side_a)
         changed = np.flatnonzero(after.correct & ~before.correct)[: show[1]]
-        rows_a, rows_b = _rows_at(log_a, order_a[changed]), _rows_at(log_b, order_b[changed])
-        shown = [
-            {"id": shared[i], "a": rows_a[log_a.line[order_a[i]]], "b": rows_b[log_b.line[order_b[i]]]}
-            for i in changed
-        ]
-    if as_json:
-        facts = {"a": str(a), "b": str(b), **result, "only_a_ids": only_a, "only_b_ids": only_b}
-        print(json.dumps(facts | ({"show": show[0], "shown": shown} if show else {}), indent=2))
-        return
-    console = console or new_console()
-    _print(console, result, (name_a, only_a), (name_b, only_b))
-    if show:
-        _print_shown(console, show[0], shown, name_a, name_b)
+        rows = zip(_rows_at(log_a, order_a[changed]), _rows_at(log_b, order_b[changed]), strict=True)
+        if not len(changed):
+            console.print(f"\nno question was {show[0]}")
+        for i, (row_a, row_b) in zip(changed, rows, strict=True):
+            console.print()
+            console.rule(f"{show[0]}: {printable(str(shared[i]))}", align="left", style="dim")
+            _print_shown(console, row_a, row_b, name_a, name_b)
 
 
 def _read(path: Path, id_field: str, correct_field: str) -> Log:
@@ -152,19 +142,12 @@ def _verdict(record: dict[str, Any], path: str) -> bool:
     raise ValueError(f"field '{path}' must be true or false (or 1 or 0), found {value!r:.60}")
 
 
-def _identical(log_a: Log, log_b: Log, order_a: Any, order_b: Any) -> int | None:
-    """Questions on which both wrote the same text; None when a log has no completions."""
-    a, b = np.array(log_a.completion)[order_a], np.array(log_b.completion)[order_b]
-    if not a.any() or not b.any():
-        return None
-    return int(((a == b) & (a != 0)).sum())
-
-
-def _rows_at(log: Log, entries: Any) -> dict[int, dict[str, Any]]:
-    """The records of some entries, read again; by line number."""
-    lines = {log.line[entry] for entry in entries}
+def _rows_at(log: Log, entries: Any) -> list[dict[str, Any]]:
+    """The records of some entries, read again."""
+    lines = [log.line[entry] for entry in entries]
     found = ((number, record) for number, record in read_numbered_jsonl(log.path) if number in lines)
-    return dict(islice(found, len(lines)))
+    records = dict(islice(found, len(lines)))
+    return [records[line] for line in lines]
 
 
 # ---- What is printed ---------------------------------------------------------------------------------
@@ -190,19 +173,13 @@ def _print(console: Console, result: dict[str, Any], *sides: tuple[str, list[Any
     )
     known = f"{same:,} of {n:,}" if same is not None else "unknown, a log has no field 'completion'"
     console.print(f"identical completions: {known}")
-    measures = {"greedy": ""} | ({f"mean@{result['samples_b']}": "mean_"} if "mean_p" in result else {})
-    for measure, prefix in measures.items():
-        if visible := result[f"{prefix}smallest_visible"]:
-            points = f"{ceil(1000 * visible) / 10:.1f} points"
-            console.print(f"smallest visible difference, {measure}: {points}")
     for name, keys in sides:
         if keys:
-            more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
-            console.print(
-                f"only in {name}, left out: {len(keys):,} ({', '.join(map(_printable, keys[:NAMED]))}{more})"
-            )
-    for measure, prefix in measures.items():
-        console.print(f"{measure}: {result[f'{prefix}verdict']}")
+            named = printable(", ".join(at_most(NAMED, list(map(str, keys)))))
+            console.print(f"only in {name}, left out: {len(keys):,} ({named})")
+    console.print(f"greedy: {result['verdict']}")
+    if "mean_p" in result:
+        console.print(f"mean@{result['samples_b']}: {result['mean_verdict']}")
 
 
 def _cells(result: dict[str, Any], rate: str, difference: str, p: str) -> list[str]:
@@ -219,25 +196,14 @@ def _interval(result: dict[str, Any], name: str) -> str:
     return f"{low:+.1f} to {high:+.1f}" if "difference" in name else f"{low:.1f}–{high:.1f}"
 
 
-def _print_shown(console: Console, kind: str, shown: list[dict[str, Any]], name_a: str, name_b: str) -> None:
-    if not shown:
-        console.print(f"\nno question was {kind}")
-    for one in shown:
-        a, b = one["a"], one["b"]
-        console.print()
-        console.rule(f"{kind}: {_printable(one['id'])}", align="left", style="dim")
-        for label, value in (
-            ("question", a.get("question", b.get("question"))),
-            ("gold", a.get("gold")),
-            (name_a, a.get("completion")),
-            (name_b, b.get("completion")),
-        ):
-            if value is not None:
-                text = _printable(value).strip()
-                console.print(label, style="bold")
-                console.print(text if len(text) <= ENDING else "... " + text[-ENDING:])
-
-
-def _printable(value: Any) -> str:
-    """As text that any terminal takes: half a surrogate pair as its escape."""
-    return str(value).encode(errors="backslashreplace").decode()
+def _print_shown(console: Console, a: dict[str, Any], b: dict[str, Any], name_a: str, name_b: str) -> None:
+    for label, value in (
+        ("question", a.get("question", b.get("question"))),
+        ("gold", a.get("gold")),
+        (name_a, a.get("completion")),
+        (name_b, b.get("completion")),
+    ):
+        if value is not None:
+            text = printable(str(value)).strip()
+            console.print(label, style="bold")
+            console.print(text if len(text) <= ENDING else "... " + text[-ENDING:])

@@ -1,11 +1,5 @@
 """`python -m stages explain QUESTION_ID`: all that led to the scores of one question's trajectories.
 
-    e1 3*4=12      what was read of a trajectory: 12 comes from the question's numbers m1 and m2,
-       m1*m2       10 from e1 and m3; `<` marks the equation with the answer
-    e2 12-2=10 <
-       e1-m3
-    m1 3→4  14 MG  with m1 one larger it would have answered 14, as most trajectories and the gold do
-
 Signals, verdicts and rewards are those of the scored file, which a private scorer may have made; equations,
 links and counterfactuals are read here. Trajectories in which everything shown is the same share a column.
 """
@@ -25,17 +19,15 @@ from rich.text import Text
 
 from stages.regime_w.pairs import KINDS, make_pairs
 from stages.regime_w.reward import reward_parts
-from stages.regime_w.scorer import read_gold, read_trajectories, solution_views
+from stages.regime_w.scorer import QUESTION_FIELDS, read_gold, read_trajectories, solution_views
 from stages.regime_w.signals import CONSTANT, SIGNALS, GroupAnalysis, Reasoning, analyse_group
 from stages.regime_w.solution import Equation, Number
 from stages.run.errors import UserError
-from stages.run.files import FieldTypes
 from stages.run.params import Params, Reward, load_params
 from stages.run.paths import SCORED
 from stages.text.answers import Reading, canonical, gold_answer, same_answer
 from stages.tools.show import Row, cell, find_record, new_console, new_table, print_json, verdict
 
-FIELDS: FieldTypes = {"id": str, "question": str, "gold": (str, int, float), "trajectories": list}
 LEGEND = (
     "e1 an equation, below it where its numbers come from: m1 the question's, e1 an earlier result, else a "
     "constant. < carries the answer, ✗ does not hold (its true value). m1 3→4: the answer if m1 were one "
@@ -45,22 +37,17 @@ SECTIONS = ("equations", "answer by", "s_end", "reward", "soundness", "text")  #
 WIDEST = 34  # terminal columns of a trajectory, at most
 
 
-def main(
-    question_id: str,
-    rollouts: Path = SCORED,
-    text: bool = False,
-    as_json: bool = False,
-    console: Console | None = None,
-) -> None:
+def main(question_id: str, rollouts: Path = SCORED, text: bool = False, as_json: bool = False) -> None:
     """Print one question of a scored file; `text` shows the trajectories' texts too.
 
     Raises UserError when there is no such question, or a file cannot be used.
     """
-    picture = explain(find_record(rollouts, question_id, FIELDS, "question"), rollouts, load_params())
+    record = find_record(rollouts, question_id, QUESTION_FIELDS, "question")
+    picture = explain(record, rollouts, load_params())
     if as_json:
         print_json(picture)
     else:
-        show(picture, console or new_console(), text)
+        show(picture, new_console(), text)
 
 
 # ---- what there is to show ---------------------------------------------------------------------------
@@ -75,7 +62,7 @@ def explain(record: Row, rollouts: Path, params: Params) -> Row:
         answer = row.get("answer", reading.answer)
         trajectories.append(
             {
-                "id": trajectory_id(record, index),
+                "id": row.get("id") or f"{record['id']}/{index}",
                 "arm": row.get("arm"),
                 "answer": answer,
                 "correct": row.get("correct", same_answer(answer, gold)),
@@ -118,15 +105,10 @@ def read_question(path: Path, record: Row) -> tuple[str, list[Reading], GroupAna
     return gold, readings, group, read_gold(record.get("solution"), group.numbers)
 
 
-def trajectory_id(record: Row, index: int) -> str:
-    """The id of a question's trajectory; made from its place where the file has none."""
-    return str(record["trajectories"][index].get("id") or f"{record['id']}/{index}")
-
-
 def parts_of(row: Row, record: Row, params: Reward) -> dict[str, float] | None:
     """What the file's reward is the sum of; `other` is what the parameters do not explain. None if unscored."""
     values = [row.get("s_wm"), record.get("s_wm"), record.get("s_end"), row.get("reward")]
-    numbers = [float(one) for one in values if isinstance(one, int | float)]
+    numbers = [one for one in values if isinstance(one, int | float)]
     if len(numbers) < len(values):
         return None
     s_wm, mean, s_end, value = numbers
@@ -213,10 +195,9 @@ def pairs_of(record: Row, params: Params) -> Row | None:
 
     Lengths are not balanced, as that takes all questions. None when the trajectories have no verdicts and rewards.
     """
-    rows = [{**row, "id": trajectory_id(record, index)} for index, row in enumerate(record["trajectories"])]
     spec = params.preference.model_copy(update={"length_balance": False})
     try:
-        made, summary = make_pairs([{**record, "trajectories": rows}], spec)
+        made, summary = make_pairs([record], spec)
     except UserError:
         return None
     keys = ("chosen_id", "rejected_id", "margin", "chosen_tokens", "rejected_tokens")
@@ -267,10 +248,7 @@ def show(picture: Row, console: Console, text: bool = False) -> None:
         console.print(table)
         columns = columns[size:]
     console.print(LEGEND, style="dim")
-    if all(row["reward"] is None for row in rows):
-        words = "No signals and rewards: score the file with `python -m stages coherence`."
-        console.print(words, style="yellow")
-    elif any("other" in (row["reward_parts"] or {}) for row in rows):
+    if any("other" in (row["reward_parts"] or {}) for row in rows):
         words = "other: what params.yaml does not explain; the file was scored with other parameters."
         console.print(words, style="yellow")
     _show_pairs(picture, console)
@@ -350,7 +328,8 @@ def _table(columns: list[Column]) -> Table:
 def _show_pairs(picture: Row, console: Console) -> None:
     """The pairs the question gives, and why not more."""
     if picture["pairs"] is None:
-        console.print("\nPairs need the fields that `python -m stages coherence` writes", style="bold")
+        words = "No signals, rewards and pairs: score the file with `python -m stages coherence`."
+        console.print(words, style="yellow")
         return
     rows = picture["trajectories"]
     right = sum(bool(row["correct"]) for row in rows)

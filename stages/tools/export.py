@@ -1,7 +1,5 @@
 """`python -m stages export --policy dpo DIR`: writes a policy as one model folder, for any program that serves models.
 
-    python -m stages export --policy dpo ../looper-dpo
-
 PEFT merges the adapter into the base. Then this tool loads the folder as anyone would, and compares it with the
 unmerged policy on some questions: the weights were rounded to the chosen precision, which can change answers.
 README.md, the model card, is made from the run; export.json holds the same facts as data. DIR appears whole or not
@@ -21,7 +19,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -30,23 +28,20 @@ from stages.run.files import atomic_folder, atomic_write, read_json, read_jsonl,
 from stages.run.guard import leave_on_sigterm
 from stages.run.history import AS_RECORDED, MADE_BY, TRAINING, History, broken, settings
 from stages.run.params import Evaluate, Params, Prompt, load_params
-from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, POLICIES, VALID
+from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, POLICIES
 from stages.run.process import fix_arithmetic
 from stages.run.stage import MANIFEST
+from stages.stats.one import BOOTSTRAP_SEED
 from stages.text.prompts import prompt_ids, prompt_text
-from stages.tools.ask import check_policy
-from stages.tools.show import new_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from stages.tools.ask import check_checkpoints
+from stages.tools.show import EXAMPLE, first_line, new_console
 
 FACTS = "export.json"
 CARD = "README.md"
 TEMPLATE = "model_card.md.j2"
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+LARGEST_FILE = "4GB"  # of the weights
 LOGIT_BYTES = 2**30  # of the logits of each model, kept for the comparison
-SEED = 0  # of the bootstraps, as in the report
-EXAMPLE = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
 PRIVATE = ("path", "train", "platinum", "scorer")  # parameters that may name a place on this machine
 
 
@@ -54,22 +49,16 @@ def main(
     folder: Path,
     policy: str = "dpo",
     precision: str | None = None,
-    max_shard_size: str = "4GB",
     questions: int = 50,
     force: bool = False,
-    console: Console | None = None,
 ) -> None:
     """Write `policy` into `folder`, in `precision` (None: that of the base), and print how it compares.
 
     Raises UserError when the folder holds something, or the checkpoints are not what their manifests say.
     """
     params = load_params()
-    check_policy("export", policy)
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"--precision: '{precision}' is unknown; choose one of {', '.join(PRECISIONS)}")
-    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
-        raise UserError(f"--max-shard-size {max_shard_size}: say it as 500MB or 4GB")
-    console = console or new_console()
+    check_checkpoints(policy)
+    console = new_console()
     with leave_on_sigterm(), _in_one_line(folder):
         _check_folder(folder, force)
         history = History()
@@ -77,7 +66,7 @@ def main(
         prompt, spec = _recorded_settings(policy, history, params)
         _remove_left_by_kills(folder)
         with atomic_folder(folder) as fresh, console.status("merging") as status:
-            written = write_model(policy, precision, max_shard_size, spec.max_new_tokens, fresh)
+            written = write_model(policy, precision, spec.max_new_tokens, fresh)
             status.update("comparing with the unmerged policy")
             comparison = compare_with_unmerged(policy, fresh, prompt, spec, params, questions)
             facts = written | {"unmerged": comparison} | gather(policy, fresh, history, prompt)
@@ -101,8 +90,7 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: not exported ({reason:.200}); nothing was left there") from error
+        raise UserError(f"{folder}: not exported ({first_line(error)}); nothing was left there") from error
 
 
 def _check_folder(folder: Path, force: bool) -> None:
@@ -162,9 +150,7 @@ def _remove_left_by_kills(folder: Path) -> None:
 # ---- The model ---------------------------------------------------------------------------------------
 
 
-def write_model(
-    policy: str, precision: str | None, max_shard_size: str, max_new_tokens: int, fresh: Path
-) -> dict[str, Any]:
+def write_model(policy: str, precision: str | None, max_new_tokens: int, fresh: Path) -> dict[str, Any]:
     """Write weights, configs and tokenizer of the merged policy; returns `policy`, `precision` and `parameters`.
 
     The base is loaded in its own precision where that is the result's too: PEFT adds a 32-bit adapter in 32 bits
@@ -197,7 +183,7 @@ def write_model(
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(fresh, max_shard_size=max_shard_size)
+    model.save_pretrained(fresh, max_shard_size=LARGEST_FILE)
     tokenizer.save_pretrained(fresh)
     short = {name: key for key, name in PRECISIONS.items()}
     return {
@@ -212,7 +198,7 @@ def compare_with_unmerged(
 ) -> dict[str, Any] | None:
     """Greedy answers and logits of the model in `folder` against the policy it was made from.
 
-    On the first `count` Platinum questions (validation questions where those are not here); None without any.
+    On the first `count` Platinum questions; None without any.
     Logits are compared along the unmerged policy's completions, as many tokens of each as fit into memory.
     The two models are never in memory together.
     """
@@ -223,9 +209,9 @@ def compare_with_unmerged(
     from stages.policy.request import Request
     from stages.text.answers import read_answer
 
-    source = next((path for path in (PLATINUM, VALID) if path.is_file()), None)
-    problems = list(islice(read_jsonl(source, {"id": str, "question": str}), count)) if source else []
-    if not source or not problems:
+    rows = read_jsonl(PLATINUM, {"id": str, "question": str}) if PLATINUM.is_file() else ()
+    problems = list(islice(rows, count))
+    if not problems:
         return None
     questions = {one["id"]: one["question"] for one in problems}
     tokens: dict[str, tuple[int, ...]] = {}  # the unmerged policy's completions
@@ -255,7 +241,6 @@ def compare_with_unmerged(
     pairs = [(one, merged[name]) for name, one in unmerged.items()]
     return {
         "questions": len(problems),
-        "split": source.stem,
         "changed_answers": sum(a[0] != b[0] for a, b in pairs),
         "changed_texts": sum(a[1] != b[1] for a, b in pairs),
         "largest_logit_difference": max(float((a[2] - b[2]).abs().max()) for a, b in pairs),
@@ -273,7 +258,7 @@ def gather(policy: str, folder: Path, history: History, prompt: Prompt) -> dict[
     model, data = steps["base"].params.get("model") or {}, history.step("prepare")
     test = (data.params.get("data") or {}) if data else {}
     hub = test["platinum"] if test.get("source") == "hub" else {}
-    result, comparisons, why = results(policy, history)
+    result, comparisons = results(policy, history)
     made_from = [link for name in dict.fromkeys(("base", policy)) for link in steps[name].links]
     parents = {link.path: link.recorded for link in made_from if link.path.endswith(".safetensors")}
     return {
@@ -285,7 +270,6 @@ def gather(policy: str, folder: Path, history: History, prompt: Prompt) -> dict[
         },
         "test_set": {"source": test.get("source"), "id": hub.get("id"), "split": hub.get("split")},
         "result": result,
-        "result_why": why,
         "comparisons": comparisons,
         "prompt": _prompt_facts(prompt, folder),
         "broken": [str(link) for link in broken(list(steps.values()))],
@@ -295,43 +279,30 @@ def gather(policy: str, folder: Path, history: History, prompt: Prompt) -> dict[
     }
 
 
-def results(policy: str, history: History) -> tuple[dict[str, Any] | None, list[dict[str, Any]], str]:
-    """The policy's Platinum result, the paired comparisons with earlier policies, and why there is no result.
-
-    Only what was measured on these very weights counts: the evaluation's manifest must name them.
-    """
-    step = history.step(f"evaluate@{policy}")
-    if step is None or step.source != "manifest":
-        return None, [], "no evaluation of it is here"
-    details = PLATINUM_DETAILS / f"{policy}.json"
-    needed = [link for link in step.links if link.role == "read" or link.path == details.as_posix()]
-    if any(link.state != AS_RECORDED for link in needed):
-        return None, [], "the evaluation at hand is not of these weights, or was changed"
-    metrics = read_json(details)
-    result = {key: metrics[key] for key in ("questions", "accuracy", "accuracy_low", "accuracy_high")}
-    return result, list(_comparisons(policy, history)), ""
-
-
-def _comparisons(policy: str, history: History) -> Iterator[dict[str, Any]]:
-    """The comparison with each earlier policy that was evaluated too."""
+def results(policy: str, history: History) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The policy's Platinum result, and the paired comparisons with the policies before it; None without a result."""
     from stages.stats.paired import compare
 
     rows = _rows(policy, history)
+    if not rows:
+        return None, []
+    metrics = read_json(PLATINUM_DETAILS / f"{policy}.json")
+    result = {key: metrics[key] for key in ("questions", "accuracy", "accuracy_low", "accuracy_high")}
+    wanted = ("difference", "difference_low", "difference_high", "p", "gained", "lost", "verdict")
+    comparisons = []
     for other in list(ADAPTERS)[: list(ADAPTERS).index(policy)]:
-        theirs = _rows(other, history)
-        if rows and theirs:
-            found = compare(theirs, rows, POLICIES[other], POLICIES[policy], SEED)
-            wanted = ("difference", "difference_low", "difference_high", "p", "gained", "lost", "verdict")
-            yield {"with": POLICIES[other], **{key: found[key] for key in wanted}}
+        if theirs := _rows(other, history):
+            found = compare(theirs, rows, POLICIES[other], POLICIES[policy], BOOTSTRAP_SEED)
+            comparisons.append({"with": POLICIES[other], **{key: found[key] for key in wanted}})
+    return result, comparisons
 
 
 def _rows(policy: str, history: History) -> list[dict[str, Any]]:
-    """The evaluated rows of a policy, if they are here as recorded and answer the questions that are here."""
-    path, step = PLATINUM_EVAL / f"{policy}.jsonl", history.step(f"evaluate@{policy}")
-    links = (step.link("wrote", path), step.link("read", PLATINUM)) if step else (None,)
-    if any(link is None or link.state != AS_RECORDED for link in links):
+    """The evaluated rows of a policy; none unless its evaluation's manifest names these very weights and files."""
+    step = history.step(f"evaluate@{policy}")
+    if step is None or step.source != "manifest" or any(link.state != AS_RECORDED for link in step.links):
         return []
-    return list(read_jsonl(path, {"id": str, "correct": bool}))
+    return list(read_jsonl(PLATINUM_EVAL / f"{policy}.jsonl", {"id": str, "correct": bool}))
 
 
 def public(params: dict[str, Any]) -> dict[str, Any]:
@@ -419,7 +390,7 @@ def summary_lines(facts: dict[str, Any], folder: Path) -> Iterator[str]:
     if found:
         share = found["changed_answers"] / found["questions"]
         yield (
-            f"against the unmerged policy, {found['questions']} {found['split']} questions: {found['changed_answers']} "
+            f"against the unmerged policy, {found['questions']} platinum questions: {found['changed_answers']} "
             f"greedy answers changed ({share:.0%}), {found['changed_texts']} texts; largest logit difference "
             f"{found['largest_logit_difference']:.3g} over {found['logit_positions']:,} tokens"
         )
@@ -431,7 +402,7 @@ def summary_lines(facts: dict[str, Any], folder: Path) -> Iterator[str]:
         low, high = 100 * result["accuracy_low"], 100 * result["accuracy_high"]
         yield f"Platinum: {100 * result['accuracy']:.1f} % ({low:.1f}–{high:.1f}), as evaluated unmerged"
     else:
-        yield f"Platinum: {facts['result_why']}"
+        yield "Platinum: no evaluation of these weights is here"
     for link in facts["broken"]:
         yield f"WARNING {link}"
     yield f"read {CARD} before you pass it on; it names no licence yet"

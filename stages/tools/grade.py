@@ -1,7 +1,5 @@
 """`python -m stages grade FILE...`: grades a log of completions from anywhere, as the pipeline grades its own.
 
-    python -m stages grade samples.jsonl --completion resps --gold doc.answer --id doc_id --out graded.jsonl
-
 Several files are the parts of one log. A graded record is the original one with `id`, `question`, `gold`,
 `completion` and the verdict as in data/platinum_eval/*.jsonl; a value that this replaces is kept under `original`.
 """
@@ -9,26 +7,23 @@ Several files are the parts of one log. A graded record is the original one with
 from __future__ import annotations
 
 import contextlib
+import fileinput
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+from rich.console import Console
 
 from stages.run.errors import UserError
 from stages.run.files import atomic_write, jsonl_line
-from stages.stats.one import Summary, health_warnings
+from stages.stats.one import BOOTSTRAP_SEED, Summary, health_warnings
 from stages.text.answers import gold_answer
 from stages.text.verdict import sample_verdict, verdict
 from stages.tools.fields import question_id, require
-from stages.tools.show import new_console, new_table, print_json
+from stages.tools.show import new_console, new_table, print_json, printable
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-READ_BYTES = 4_000_000  # of a log, read at a time
-SEED = 0  # of the bootstraps
 # Some programs write NaN and infinity, which JSON does not have; the graded log says null.
 _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
@@ -49,39 +44,47 @@ def main(
     out: Path | None = None,
     skip_bad: bool = False,
     as_json: bool = False,
-    console: Console | None = None,
 ) -> None:
     """Grade the log, print its metrics, and write the graded log to `out` when it is given.
 
     `-` among `files` is the standard input. Raises UserError for a bad line (file, line, what to do), unless
     `skip_bad`: then bad lines are counted and left out.
     """
-    _check_files(files, out)
-    summary, bad = Summary(), _BadLines(skip_bad)
+    for name in files:
+        if out and name != "-" and out.exists() and Path(name).exists() and out.samefile(name):
+            raise UserError(f"--out {out}: is the log itself; name another file")
+    summary, bad, first_bad = Summary(), 0, ""
     with contextlib.ExitStack() as stack:
         graded: IO[str] | None = stack.enter_context(atomic_write(out)) if out else None
-        for place, line in stack.enter_context(_open_lines(files)):
+        for place, line in _lines(files):
             try:
                 record = _parse(line)
                 row = grade(record, fields)
                 if graded:
-                    text = jsonl_line(_merge(record, row))
-                    # Half a surrogate pair cannot be encoded; written as its JSON escape, it stays what it was.
-                    graded.write(text.encode(errors="backslashreplace").decode())
+                    graded.write(printable(jsonl_line(_merge(record, row))))
             except (ValueError, RecursionError) as error:
-                bad.add(f"{place}: {error}")
+                if not skip_bad:
+                    raise UserError(f"{place}: {error} (--skip-bad leaves bad lines out)") from None
+                bad, first_bad = bad + 1, first_bad or f"{place}: {error}"
             else:
                 summary.add(row)
         if not summary.counts["questions"]:
-            what = f"all {bad.count:,} lines are bad: {bad.first}" if bad.count else "no records in it"
+            what = f"all {bad:,} lines are bad: {first_bad}" if bad else "no records in it"
             raise UserError(f"{', '.join(files)}: nothing to grade, {what}")
-    metrics = summary.metrics(SEED)
+    metrics = summary.metrics(BOOTSTRAP_SEED)
     name = Path(files[0]).name if len(files) == 1 else f"{len(files)} files"
     warnings = health_warnings(metrics, "standard input" if name == "-" else name)
     if as_json:
-        print_json({"files": list(files), "bad_lines": bad.count, **metrics, "warnings": warnings})
-    else:
-        _print(console or new_console(), metrics, bad, warnings, out)
+        print_json({"files": list(files), "bad_lines": bad, **metrics, "warnings": warnings})
+        return
+    console = new_console()
+    _print_table(console, metrics)
+    if bad:
+        console.print(f"bad lines left out: {bad:,}, the first: {first_bad}")
+    for warning in warnings:
+        console.print(f"WARNING {warning}", style="bold red")
+    not_kept = "The graded log was not kept; --out FILE writes it, for `compare`."
+    console.print(f"graded log: {out}" if out else not_kept)
 
 
 def grade(record: dict[str, Any], fields: FieldNames) -> dict[str, Any]:
@@ -174,47 +177,15 @@ def _merge(record: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 # ---- Lines of the log --------------------------------------------------------------------------------
 
 
-def _check_files(files: Sequence[str], out: Path | None) -> None:
-    if files.count("-") > 1:
-        raise UserError("grade: the standard input (-) can be read once only")
-    for name in files:
-        if out and name != "-" and out.exists() and Path(name).exists() and out.samefile(name):
-            raise UserError(f"--out {out}: is the log itself; name another file")
-
-
-@contextlib.contextmanager
-def _open_lines(files: Sequence[str]) -> Iterator[Iterator[tuple[str, bytes]]]:
-    """Every line that is not blank, with its place (`log.jsonl:3`); on a terminal a bar shows the bytes read."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    sizes = [Path(name).stat().st_size for name in files if Path(name).is_file()]
-    columns = (TextColumn("grading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=sum(sizes) if len(sizes) == len(files) else None)
-        yield _lines(files, lambda size: bar.advance(task, size))
-
-
-def _lines(files: Sequence[str], advance: Callable[[int], None]) -> Iterator[tuple[str, bytes]]:
-    for name in files:
-        shown, first = ("standard input" if name == "-" else name), 1
-        with _open(name) as file:
-            while lines := file.readlines(READ_BYTES):
-                for number, line in enumerate(lines, first):
-                    if not line.isspace():
-                        yield f"{shown}:{number}", line
-                first += len(lines)
-                advance(sum(map(len, lines)))
-
-
-def _open(name: str) -> IO[bytes]:
-    if name == "-":
-        return sys.stdin.buffer
-    try:
-        return Path(name).open("rb")
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}); check the path") from None
+def _lines(files: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Every line that is not blank, with its place (`log.jsonl:3`)."""
+    with fileinput.FileInput(files, mode="rb") as lines:
+        try:
+            for line in lines:
+                if not line.isspace():
+                    yield f"{lines.filename()}:{lines.filelineno()}", line
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check the path") from None
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -227,25 +198,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     return record
 
 
-@dataclass
-class _BadLines:
-    """How many lines could not be graded, and why the first could not."""
-
-    skip: bool
-    count: int = 0
-    first: str = ""
-
-    def add(self, reason: str) -> None:
-        """Count a bad line. Raises UserError when bad lines are not to be skipped."""
-        if not self.skip:
-            raise UserError(f"{reason} (--skip-bad leaves bad lines out)") from None
-        self.count += 1
-        self.first = self.first or reason
-
-
-def _print(
-    console: Console, metrics: dict[str, float | int], bad: _BadLines, warnings: list[str], out: Path | None
-) -> None:
+def _print_table(console: Console, metrics: dict[str, float | int]) -> None:
     title, columns = f"{metrics['questions']:,} completions graded", ("metric", "value", "95 % interval")
     table = new_table(*columns, right=columns[1:], title=title)
     for name, value in metrics.items():
@@ -257,9 +210,3 @@ def _print(
         shown = f"{value:,.1f}" if name.startswith("tokens") else f"{100 * value:.1f} %"
         table.add_row(name, shown, interval)
     console.print(table)
-    if bad.count:
-        console.print(f"bad lines left out: {bad.count:,}, the first: {bad.first}")
-    for warning in warnings:
-        console.print(f"WARNING {warning}", style="bold red")
-    not_kept = "The graded log was not kept; --out FILE writes it, for `compare`."
-    console.print(f"graded log: {out}" if out else not_kept)

@@ -1,12 +1,5 @@
 """`python -m stages plan`: what `dvc repro` would run, why, what may follow, and how long it took last time.
 
-    Will run
-      stage        because                                            last time
-      coherence    params.yaml: regime_w.weights.s_cf 0.2 → 0.3       9 s
-
-    May follow: only what reads something that comes out changed
-      preference   reads coherence                                    2 s
-
 DVC itself is asked (`Repo.index`, `Stage.status`), so the answer cannot differ from what `dvc repro` does.
 `dvc repro --dry` is no substitute: it stops at the first stage that would run, whose results it cannot know.
 """
@@ -15,23 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from stages.run.errors import UserError
 from stages.run.stage import last_runs
-from stages.tools.show import new_console, new_table, print_json, shorten
+from stages.tools.show import at_most, new_console, new_table, print_json
 
 ABSENT = "(not there)"  # the value of a parameter that is new or gone
 LONGEST = 40  # characters of a value in the table
-WORDS = {
-    "modified": "changed",
-    "deleted": "is missing",
-    "new": "is new",
-    "not in cache": "is not in the cache",
-}
 
 
 @dataclass
@@ -45,17 +32,12 @@ class Planned:
     last: dict[str, Any] | None
 
 
-@dataclass
-class Plan:
-    """All stages that were asked for, each in one of the lists, in the order `dvc repro` takes them."""
-
-    will_run: list[Planned] = field(default_factory=list)
-    may_follow: list[Planned] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    frozen: list[str] = field(default_factory=list)
+# All stages that were asked for, in the order `dvc repro` takes them: the Planned ones under `will_run` and
+# `may_follow`, and the names of the others, which stay as they are or are frozen, under `unchanged`.
+Plan = dict[str, list[Any]]
 
 
-def main(targets: Sequence[str] = (), as_json: bool = False, console: Console | None = None) -> None:
+def main(targets: Sequence[str] = (), as_json: bool = False) -> None:
     """Print the plan for the given stages and what they need; for all stages without any.
 
     Raises UserError when this is no DVC project, or one that DVC cannot read, or a target that it does not know.
@@ -64,7 +46,7 @@ def main(targets: Sequence[str] = (), as_json: bool = False, console: Console | 
     if as_json:
         print_json(plan)
     else:
-        show(plan, console or new_console())
+        show(plan, new_console())
 
 
 def make_plan(targets: Sequence[str] = ()) -> Plan:
@@ -76,8 +58,7 @@ def make_plan(targets: Sequence[str] = ()) -> Plan:
         with Repo() as repo, repo.lock:
             return _ask_dvc(repo, targets)
     except DvcException as error:
-        words = " ".join(str(error).split())
-        raise UserError(f"plan: {words}") from None
+        raise UserError(f"plan: {' '.join(str(error).split())}") from None
 
 
 def _ask_dvc(repo: Any, targets: Sequence[str]) -> Plan:
@@ -87,24 +68,21 @@ def _ask_dvc(repo: Any, targets: Sequence[str]) -> Plan:
     wanted = {stage for target in targets for stage in repo.stage.collect(target)} if targets else set(graph)
     needed = wanted.union(*(networkx.descendants(graph, stage) for stage in wanted))
     last = {run["stage"]: run for run in last_runs()}
-    plan = Plan()
+    plan: Plan = {"will_run": [], "may_follow": [], "unchanged": []}
     moving: set[Any] = set()  # stages whose outputs may change
     for stage in networkx.dfs_postorder_nodes(graph):
         if stage not in needed:
             continue
         name = stage.addressing
-        if stage.frozen:
-            plan.frozen.append(name)
-            continue
         above = [one for one in graph.successors(stage) if one in moving]
         reasons = list(_reasons(stage, [out.fs_path for one in above for out in one.outs]))
-        if not reasons and not above:
-            plan.unchanged.append(name)
+        if stage.frozen or not (reasons or above):
+            plan["unchanged"].append(name)
             continue
         moving.add(stage)
         restored = bool(reasons) and not above and _is_cached(repo, stage)
         planned = Planned(name, reasons, sorted(one.addressing for one in above), restored, last.get(name))
-        (plan.will_run if reasons else plan.may_follow).append(planned)
+        plan["will_run" if reasons else "may_follow"].append(planned)
     return plan
 
 
@@ -125,7 +103,7 @@ def _reasons(stage: Any, made_above: Sequence[str]) -> Iterator[str]:
             for key in one.params if one.workspace_status() else ():
                 yield from _differences(str(one), key, then.get(key, ABSENT), now.get(key, ABSENT))
         elif not any(one.fs_path == path or one.fs_path.startswith(f"{path}/") for path in made_above):
-            yield from (f"{path} {WORDS.get(what, what)}" for path, what in one.status().items())
+            yield from (f"{path} {what}" for path, what in one.status().items())
 
 
 def _differences(path: str, key: str, old: Any, new: Any) -> Iterator[str]:
@@ -160,25 +138,23 @@ def _is_cached(repo: Any, stage: Any) -> bool:
 
 def show(plan: Plan, console: Console) -> None:
     """Print the plan as tables, with the time it takes at most."""
-    if plan.frozen:
-        console.print(f"Frozen, so never run: {', '.join(plan.frozen)}.")
-    if not plan.will_run:
+    if not plan["will_run"]:
         console.print("Nothing to do: all stages are up to date.")
         return
-    run = [one for one in plan.will_run if not one.restored]
-    restored = [one for one in plan.will_run if one.restored]
+    run = [one for one in plan["will_run"] if not one.restored]
+    restored = [one for one in plan["will_run"] if one.restored]
     for title, stages in (
         ("Taken from DVC's cache, not run: the same was run before", restored),
         ("Will run", run),
-        ("May follow: only what reads something that comes out changed", plan.may_follow),
+        ("May follow: only what reads something that comes out changed", plan["may_follow"]),
     ):
         if stages:
             console.print(title, style="bold")
             console.print(_table(stages))
-    if plan.unchanged:
-        console.print(f"Up to date: {', '.join(plan.unchanged)}.")
-    noted = [one.last for one in (*run, *plan.may_follow) if one.last]
-    unknown = len(run) + len(plan.may_follow) - len(noted)
+    if plan["unchanged"]:
+        console.print(f"Up to date: {', '.join(plan['unchanged'])}.")
+    noted = [one.last for one in (*run, *plan["may_follow"]) if one.last]
+    unknown = len(run) + len(plan["may_follow"]) - len(noted)
     if noted:
         time = _duration(sum(one["seconds"] for one in noted))
         machines = "; ".join(sorted({one["machine"] for one in noted}))
@@ -191,9 +167,7 @@ def show(plan: Plan, console: Console) -> None:
 def _table(stages: Sequence[Planned]) -> Any:
     table = new_table("stage", "because", "last time")
     for one in stages:
-        why = one.reasons or [f"reads {', '.join(one.after)}"]
-        if len(why) > 6:
-            why = [*why[:5], f"and {len(why) - 5} more"]
+        why = at_most(6, one.reasons or [f"reads {', '.join(one.after)}"])
         last = "–" if one.last is None else _duration(one.last["seconds"])
         table.add_row(one.stage, "\n".join(why), last)
     return table
@@ -207,4 +181,4 @@ def _duration(seconds: float) -> str:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
-    return shorten(text, LONGEST)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

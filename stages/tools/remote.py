@@ -19,16 +19,16 @@ import stat
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from stages.run.errors import UserError
-from stages.tools.show import new_console
+from rich.console import Console
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from stages.run.errors import UserError
+from stages.tools.show import at_most, first_line, new_console, raise_first
 
 ALLOWED = Path("remotes.yaml")
 COMMITTED, PRIVATE = Path(".dvc/config"), Path(".dvc/config.local")
@@ -38,25 +38,14 @@ CREDENTIALS = frozenset(
     "connection_string account_key sas_token client_secret oss_key_id oss_key_secret gdrive_client_secret".split()
 )
 PRIVATE_ACLS = ("private", "bucket-owner-read", "bucket-owner-full-control")
-FORBIDDEN = {
-    "allow_anonymous_login": "only a public bucket takes that",
-    "version_aware": "such a remote does not keep objects by hash",
-    "worktree": "such a remote does not keep objects by hash",
-}
 AWS = re.compile(r"https://s3([.-][a-z0-9.-]+)?\.amazonaws\.com(\.cn)?")
 CONNECT_SECONDS = 10  # S3 tries five times
-BLOCK = 2**20
 SHOWN = 20  # lines of a list
 
 Finding = tuple[bool, str, str]  # whether all is well, what to say then, and what to say otherwise
 
 
-def main(
-    name: str | None = None,
-    objects: bool = True,
-    repair: bool = False,
-    console: Console | None = None,
-) -> None:
+def main(name: str | None = None, objects: bool = True, repair: bool = False) -> None:
     """Check a DVC remote (by default: the default one, or the only one) and print what was found.
 
     `objects` False leaves out the objects of dvc.lock, `repair` sends missing and corrupt ones again from this
@@ -65,11 +54,11 @@ def main(
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    console = console or new_console()
+    console = new_console()
     try:
         repo = Repo()
     except DvcException as error:
-        raise UserError(_first_line(error)) from None
+        raise UserError(first_line(error)) from None
     name = _pick(repo.config, name)
     remote = _check_configuration(console, repo, name)
     with _in_one_line(f"remote '{name}': the probe in {remote.path}"):
@@ -108,16 +97,14 @@ def _check_configuration(console: Console, repo: Any, name: str) -> Any:
             raise UserError(
                 f"remote '{name}': its packages are not installed; type `pip install -r requirements-remote.txt`"
             ) from None
-        raise UserError(f"remote '{name}': {_first_line(error)}") from None
+        raise UserError(f"remote '{name}': {first_line(error)}") from None
     url = _without_password(repo.config["remote"][name]["url"])
-    console.print(f"remote '{name}': {url}", style="bold", markup=False)
+    console.print(f"remote '{name}': {url}", style="bold")
     with _in_one_line(f"remote '{name}'"):
         findings = (*_committed(repo.config), *check_settings(name, settings), *_place(remote, name))
-    problems = [problem for good, _, problem in findings if not good]
     for good, fact, problem in findings:
         _print(console, fact if good else problem, good)
-    if problems:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more above)" if problems[1:] else ""))
+    raise_first([problem for good, _, problem in findings if not good])
     return remote
 
 
@@ -162,9 +149,10 @@ def check_settings(name: str, settings: dict[str, Any]) -> Iterator[Finding]:
         yield False, "", f"ssl_verify: {why}; {modify} ssl_verify true`"
     if acl not in PRIVATE_ACLS:
         yield False, "", f"acl: '{acl}' lets others read what is pushed; {modify} acl private`"
+    if settings.get("allow_anonymous_login"):
+        why = "only a public bucket takes that"
+        yield False, "", f"allow_anonymous_login: {why}; {modify} --unset allow_anonymous_login`"
     for key, value in settings.items():
-        if key in FORBIDDEN and value:
-            yield False, "", f"{key}: {FORBIDDEN[key]}; {modify} --unset {key}`"
         if key.startswith("grant_") and "groups/" in str(value):
             yield False, "", f"{key}: names a group of strangers; {modify} --unset {key}`"
 
@@ -242,7 +230,7 @@ def read_allowed(path: Path = ALLOWED) -> dict[str, list[str]]:
     except FileNotFoundError:
         return kinds
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(found, dict) or not all(isinstance(one, list | None) for one in found.values()):
         raise UserError(f"{path}: must hold lists under ssh, s3 and folder")
     for kind, entries in found.items():
@@ -317,7 +305,7 @@ def _check_objects(console: Console, repo: Any, remote: Any, repair: bool) -> No
     odb, cache = remote.odb, repo.cache.local
     outs = [out for out in repo.index.outs if out.use_cache and out.remote in (None, remote.name)]
     if kept := [str(out) for out in outs if not out.can_push]:
-        console.print(f"     kept out of pushes: {', '.join(kept)}", markup=False, highlight=False)
+        console.print(f"     kept out of pushes: {', '.join(kept)}")
     names: dict[str, str] = {}  # object -> the output it is, or the file in an output
     for out in outs:
         if out.can_push and out.hash_info and (oid := out.hash_info.value):
@@ -339,11 +327,8 @@ def _check_objects(console: Console, repo: Any, remote: Any, repair: bool) -> No
     count = Counter(states.values())
     missing, corrupt = f"{count['missing']} missing", f"{count['corrupt']} corrupt"
     _print(console, f"objects of dvc.lock: {count['whole']} whole, {missing}, {corrupt}", not bad)
-    for oid in bad[:SHOWN]:
-        line = f"     {states[oid]:8} {names[oid]}  {oid}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if len(bad) > SHOWN:
-        console.print(f"     and {len(bad) - SHOWN} more")
+    for line in at_most(SHOWN, [f"{states[oid]:8} {names[oid]}  {oid}" for oid in bad]):
+        console.print(f"     {line}", soft_wrap=True)
     if bad:
         # `dvc push` goes by names: it sees no corrupt object, and no gap behind a folder's listing.
         advice = (
@@ -358,49 +343,37 @@ def _check_objects(console: Console, repo: Any, remote: Any, repair: bool) -> No
 
 def _listing(odb: Any, oid: str) -> list[dict[str, str]]:
     """What a folder's object lists; nothing where it is missing or not what its name says."""
-    try:
-        with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
-            text = file.read()
-    except FileNotFoundError:
+    if _state(odb, oid) != "whole":
         return []
-    whole = hashlib.md5(text, usedforsecurity=False).hexdigest() == oid.removesuffix(".dir")
-    return list(json.loads(text)) if whole else []
+    with odb.fs.open(odb.oid_to_path(oid), "rb") as file:
+        return list(json.load(file))
 
 
 def _inspect(console: Console, odb: Any, names: dict[str, str]) -> dict[str, str]:
     """Read objects; for each, whether it is whole, corrupt (its bytes are not what its name says) or missing."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    sizes, states = {}, dict.fromkeys(names, "missing")
-    for oid in names:
-        with contextlib.suppress(FileNotFoundError):
-            sizes[oid] = odb.fs.info(odb.oid_to_path(oid))["size"]
-    title = TextColumn("     hashing {task.description}")
-    columns = (title, BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=sum(sizes.values()))
-        for oid in sizes:
-            progress.update(task, description=Path(names[oid]).name)
-            actual = _md5(odb.fs, odb.oid_to_path(oid), lambda size: progress.advance(task, size))
-            states[oid] = "whole" if actual == oid.removesuffix(".dir") else "corrupt"
+    states = {}
+    with console.status("hashing") as status:
+        for number, (oid, name) in enumerate(names.items(), 1):
+            status.update(Text(f"hashing {number} of {len(names)}: {name}"))
+            states[oid] = _state(odb, oid)
     return states
 
 
-def _md5(fs: Any, path: str, advance: Callable[[int], None] = lambda size: None) -> str:
-    """The hash by which DVC names an object, of a file of any size."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with fs.open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()
+def _state(odb: Any, oid: str) -> str:
+    from dvc_data.hashfile.hash import file_md5
+
+    try:
+        actual = file_md5(odb.oid_to_path(oid), odb.fs, name="md5")
+    except FileNotFoundError:
+        return "missing"
+    return "whole" if actual == oid.removesuffix(".dir") else "corrupt"
 
 
 def _send(odb: Any, cache: Any, oid: str) -> bool:
     """Write an object to the remote from this machine's cache, over what is there; False where it is not here."""
-    source = cache.oid_to_path(oid)
-    if not Path(source).is_file() or _md5(cache.fs, source) != oid.removesuffix(".dir"):
+    if _state(cache, oid) != "whole":
         return False
+    source = cache.oid_to_path(oid)
     odb.add(source, cache.fs, oid, check_exists=False, verify=False)
     return True
 
@@ -409,10 +382,8 @@ def _send(odb: Any, cache: Any, oid: str) -> bool:
 
 
 def _print(console: Console, what: str, good: bool = True) -> None:
-    from rich.markup import escape
-
-    mark = "[green]OK[/green]  " if good else "[red]no[/red]  "
-    console.print(f"{mark} {escape(what)}", markup=True, highlight=False, soft_wrap=True)
+    mark = ("OK   ", "green") if good else ("no   ", "red")
+    console.print(Text.assemble(mark, what), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -430,9 +401,4 @@ def _in_one_line(where: str) -> Iterator[None]:
                 f"{where}: the host's key is not in your known_hosts, or is another one now; log in once with `ssh`, "
                 f"compare the fingerprint, and try again ({DOCS})"
             ) from None
-        raise UserError(f"{where}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise UserError(f"{where}: {first_line(error)}") from None

@@ -1,9 +1,9 @@
-"""How the tools find a record and show it: one console, one table, one way to write a value, JSON, "did you mean"."""
+"""How the tools find a record and show it: console, table, values, JSON, "and N more", "did you mean"."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import is_dataclass
 from difflib import SequenceMatcher
 from heapq import nlargest
@@ -20,6 +20,7 @@ from stages.run.errors import UserError
 from stages.run.files import FieldTypes, read_jsonl
 
 Row = dict[str, Any]
+EXAMPLE = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
 
 
 def new_console(**options: Any) -> Console:
@@ -54,9 +55,27 @@ def verdict(answer: Any, correct: Any) -> Text:
     return Text(f"{words} ✓", "green") if correct else Text(f"{words} ✗", "red")
 
 
-def shorten(text: str, length: int) -> str:
-    """The text, cut to so many characters."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def at_most(count: int, items: Sequence[str]) -> list[str]:
+    """The first items, and where there are more, how many."""
+    rest = len(items) - count
+    return [*items[:count], *([f"and {rest:,} more"] if rest > 0 else [])]
+
+
+def raise_first(problems: Sequence[str]) -> None:
+    """Raise the first of the problems that a tool has printed, if there is one."""
+    if problems:
+        more = f" (and {len(problems) - 1} more above)" if problems[1:] else ""
+        raise UserError(problems[0] + more)
+
+
+def printable(text: str) -> str:
+    """The text as it can be written in UTF-8: half a surrogate pair as its escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, or its class if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def indented(content: Any, by: int = 2) -> Any:
@@ -70,7 +89,7 @@ def print_json(value: Any) -> None:
     def plain(one: Any) -> Any:
         return vars(one) if is_dataclass(one) else str(one)
 
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=plain))
+    print(printable(json.dumps(value, ensure_ascii=False, indent=2, default=plain)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,5 @@
 """`python -m stages suspects`: questions whose gold label is suspect, most suspect first, with the evidence.
 
-    train-00042  suspicion 0.875  gold 12, instead 15
-      7 of 8 agree soundly on 15; 0 give 12
-
 Suspicion is what the coherence stage wrote to the file; what is shown as evidence is read here. Where wrong
 labels were planted (generated data), a table says how many of them each threshold finds.
 """
@@ -16,24 +13,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from stages.regime_w.scorer import QUESTION_FIELDS
 from stages.regime_w.signals import Reasoning
 from stages.run.errors import UserError
 from stages.run.files import read_jsonl
 from stages.run.params import load_params
 from stages.run.paths import SCORED
 from stages.text.answers import same_answer
-from stages.tools.explain import FIELDS, read_question, reasoning_rows, trajectory_id
+from stages.tools.explain import read_question, reasoning_rows
 from stages.tools.show import Row, indented, new_console, new_table
 
 THRESHOLDS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # the steps of eight trajectories
 
 
-def main(
-    rollouts: Path = SCORED,
-    limit: int = 20,
-    threshold: float | None = None,
-    console: Console | None = None,
-) -> None:
+def main(rollouts: Path = SCORED, limit: int = 20, threshold: float | None = None) -> None:
     """Print the `limit` most suspect questions of a scored file, from `threshold` on (None: that of params.yaml).
 
     Reads the file once, and keeps only the questions to be shown. Raises UserError when it holds no questions or no
@@ -41,15 +34,13 @@ def main(
     """
     if threshold is None:
         threshold = load_params().regime_w.suspect_from
-    seen: dict[bool, list[float]] = {
-        False: [],
-        True: [],
-    }  # suspicion of each question, by whether it was planted
+    # The suspicion of each question, by whether its wrong label was planted.
+    seen: dict[bool, list[float]] = {False: [], True: []}
     most = nlargest(limit, suspects(rollouts, threshold, seen), key=lambda record: record["suspicion"])
     everything = seen[False] + seen[True]
     if not everything:
         raise UserError(f"{rollouts}: holds no questions; run `dvc repro coherence`")
-    console, found = console or new_console(), count(everything, threshold)
+    console, found = new_console(), count(everything, threshold)
     first = f"; the first {len(most)}" if len(most) < found else ""
     words = f"{found:,} of {len(everything):,} questions have a suspicion of {threshold:g} or more{first}"
     console.print(words, style="bold")
@@ -68,7 +59,7 @@ def main(
 
 def suspects(path: Path, threshold: float, seen: dict[bool, list[float]]) -> Iterator[Row]:
     """The suspect questions of a file. Adds the suspicion of every question to `seen`."""
-    for record in read_jsonl(path, FIELDS):
+    for record in read_jsonl(path, QUESTION_FIELDS):
         value = record.get("suspicion")
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(
@@ -106,8 +97,9 @@ def show(path: Path, record: Row, console: Console) -> None:
     words = gold_words(gold, reasoning_rows(golds, (), None) if golds else None)
     console.print(indented(Text(words, "red" if "does not hold" in words else "")))
     if agreeing:
-        console.print(indented(Text(f"{trajectory_id(record, agreeing[0])}:", "dim")))
-        console.print(indented(record["trajectories"][agreeing[0]]["text"].strip(), 4))
+        row = record["trajectories"][agreeing[0]]
+        console.print(indented(Text(f"{row.get('id')}:", "dim")))
+        console.print(indented(row["text"].strip(), 4))
 
 
 def largest_agreement(reasonings: list[Reasoning], answer: str | None) -> list[int]:

@@ -1,9 +1,5 @@
 """`python -m stages trace ID`: where a preference pair, a Platinum answer or a trajectory came from.
 
-    python -m stages trace 'train-00017/0>3'    # a pair; quoted, as > means something to a shell
-    python -m stages trace platinum-00042       # the answers of all policies, and what each policy was made from
-    python -m stages trace train-00017          # a training question: what drew its trajectories
-
 Every link is checked: files are hashed, texts compared, seeds derived again. Where a file is not here (not pulled),
 the link says so.
 """
@@ -21,7 +17,7 @@ from rich.text import Text
 
 from stages.policy.request import request_seed
 from stages.run.errors import UserError
-from stages.run.files import FieldTypes, read_jsonl
+from stages.run.files import read_jsonl
 from stages.run.history import (
     AS_RECORDED,
     DIFFERS,
@@ -44,6 +40,7 @@ from stages.run.paths import (
     SCORED,
     SFT_ADAPTER,
 )
+from stages.tools.pairs import PAIR_FIELDS, SIDES
 from stages.tools.show import (
     Row,
     cell,
@@ -53,18 +50,12 @@ from stages.tools.show import (
     new_console,
     new_table,
     print_json,
+    raise_first,
     verdict,
 )
 
-SIDES = ("chosen", "rejected")
-PAIR_FIELDS: FieldTypes = {
-    **{"id": str, "kind": str, "question_id": str, "prompt": str},
-    **{f"{side}{end}": str for side in SIDES for end in ("", "_id")},
-}
-QUESTION_FIELDS: FieldTypes = {"id": str, "question": str}
 
-
-def main(name: str, text: bool = False, as_json: bool = False, console: Console | None = None) -> None:
+def main(name: str, text: bool = False, as_json: bool = False) -> None:
     """Print where `name`, the id of a pair or of a question, came from; `text` shows the texts too.
 
     Raises UserError when nothing has this id, or, after printing, when a link of the chain does not hold.
@@ -73,11 +64,9 @@ def main(name: str, text: bool = False, as_json: bool = False, console: Console 
     if as_json:
         print_json(picture)
     else:
-        show(picture, console or new_console(), text)
-    if picture["broken"]:
-        first, more = picture["broken"][0], len(picture["broken"]) - 1
-        others = f" (and {more} more, marked above)" if more else ""
-        raise UserError(f"{name}: the chain is broken: {first}{others}; `dvc status` says what to run again")
+        show(picture, new_console(), text)
+    words = "the chain is broken: {}; `dvc status` says what to run again"
+    raise_first([f"{name}: {words.format(link)}" for link in picture["broken"]])
 
 
 def trace(name: str) -> Row:
@@ -99,7 +88,7 @@ def trace(name: str) -> Row:
             f"trace: nothing here has the id '{name}', and these files are not here: {', '.join(missing)}; "
             "`dvc pull` fetches, `dvc repro` makes them"
         )
-    known = {row["id"] for path in paths for row in read_jsonl(path, QUESTION_FIELDS)}
+    known = {row["id"] for path in paths for row in read_jsonl(path, {"id": str})}
     words = f"trace: neither rollout nor evaluate asked a question '{name}'"
     raise UserError(words + nearest(name, sorted(known)))
 
@@ -108,7 +97,7 @@ def _find(path: Path, name: str) -> Row | None:
     """The question's record in a file, if the file is here and has it."""
     if not path.is_file():
         return None
-    return next((row for row in read_jsonl(path, QUESTION_FIELDS) if row["id"] == name), None)
+    return next((row for row in read_jsonl(path, {"id": str}) if row["id"] == name), None)
 
 
 # ---- what there is to show ---------------------------------------------------------------------------

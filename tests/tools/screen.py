@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import re
 from collections.abc import Callable
 from typing import Any
 
-from stages.tools.show import new_console
+import pytest
 
 
-def printed(
-    main: Callable[..., None], *args: Any, width: int = 80, colour: bool = False, **options: Any
-) -> str:
+def printed(main: Callable[..., None], *args: Any, width: int = 80, **options: Any) -> str:
     """The output of a tool's `main`; no line is longer than the screen is wide."""
-    stream = io.StringIO()
-    system = "standard" if colour else None
-    console = new_console(file=stream, width=width, force_terminal=colour, color_system=system)
-    main(*args, console=console, **options)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stream:
+        patch.setenv("COLUMNS", str(width))
+        main(*args, **options)
     text = stream.getvalue()
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
-    assert max(map(len, lines)) <= width
+    assert max(map(len, text.splitlines())) <= width
     return text
 
 

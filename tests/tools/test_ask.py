@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -13,10 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from stages.run.errors import UserError
-from stages.run.params import load_params
 from stages.text.answers import read_answer
 from stages.tools import ask
-from tests.tools.random_run import SMALL, greedy, make_project
+from tests.policy import SMALL, greedy, make_project
 
 REPO = Path(__file__).resolve().parents[2]
 QUESTION = "Ann has 3 bags of 4 apples. How many?"
@@ -36,9 +36,9 @@ def workplace(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return project
 
 
-def asked(question: str | None, **options: Any) -> str:
-    out = io.StringIO()
-    ask.main(question, **{"policy": "base", **options}, out=out)
+def asked(question: str, **options: Any) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        ask.main(question, **{"policy": "base", **options})
     return out.getvalue()
 
 
@@ -47,39 +47,27 @@ def test_greedy_is_the_evaluations(workplace: Path) -> None:
     questions = [f"Ann has {i} bags. How many?" for i in range(12)]
     wanted = greedy(None, questions)
     assert {finish for *_, finish in wanted} == {"stop", "length"}
-    screen = io.StringIO()
-    answer = ask._answerer(load_params(), "base", 0.0, 0, 64, screen)
     for question, (text, _, finish) in zip(questions, wanted, strict=True):
-        before = len(screen.getvalue())
-        reading, ended = answer(question)
-        assert screen.getvalue()[before:] == text
-        assert reading == read_answer(text, question)
-        assert ended == (finish == "stop")
+        shown = asked(question)
+        assert shown.startswith(f"{text}\nanswer: ")
+        assert ("(cut at" in shown) == (finish == "length")
 
 
-def test_it_comes_token_by_token(workplace: Path) -> None:
+def test_it_comes_token_by_token(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is on the screen grows with nearly each token, and ends as the whole text decoded at once."""
-
-    class Screen(io.StringIO):
-        pieces = 0
-
-        def write(self, text: str) -> int:
-            self.pieces += 1
-            return super().write(text)
-
     tokenizer = PreTrainedTokenizerFast.from_pretrained(workplace / "checkpoints" / "base")
     ids = tokenizer.encode("Ann's 3 bags: ½ each,  说 😀\n#### 12")
-    screen = Screen()
-    stream = ask.Stream(tokenizer, "<think>\n", {2}, screen)
+    stream = ask.Stream(tokenizer, "<think>\n", {2})
     stream.put(torch.tensor([[1, 5, 6]]))
-    assert screen.getvalue() == "<think>\n"
+    pieces = [capsys.readouterr().out]
+    assert pieces == ["<think>\n"]
     for number in [*ids, 2]:
         stream.put(torch.tensor([number]))
-        assert "\ufffd" not in screen.getvalue()
+        pieces.append(capsys.readouterr().out)
     stream.end()
-    assert screen.getvalue() == stream.text == "<think>\n" + tokenizer.decode(ids)
-    assert "😀" in stream.text
-    assert 15 < screen.pieces <= len(ids) + 1
+    assert "".join(pieces) == stream.text == "<think>\n" + tokenizer.decode(ids)
+    assert "😀" in stream.text and "\ufffd" not in stream.text
+    assert sum(map(bool, pieces)) > 15
 
 
 def test_drawn_answers_follow_the_seed(workplace: Path) -> None:
@@ -90,23 +78,6 @@ def test_drawn_answers_follow_the_seed(workplace: Path) -> None:
 
 def test_length_by_option(workplace: Path) -> None:
     assert "(cut at 2 tokens" in asked(QUESTION, max_new_tokens=2)
-
-
-def test_question_from_standard_input(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
-    assert asked("-") == asked(QUESTION)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize("typed", [f"{QUESTION}\n{QUESTION}\n\nnever\n", f"{QUESTION}\n{QUESTION}\n"])
-def test_questions_typed_in_a_terminal(workplace: Path, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
-    """Until an empty line, or the end of the input; every question stands for itself."""
-    monkeypatch.setattr("sys.stdin", Terminal(typed))
-    assert asked(None, temperature=1.0) == 2 * asked(QUESTION, temperature=1.0)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +93,13 @@ def test_questions_typed_in_a_terminal(workplace: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_what_is_said_of_the_answer(reading: str, words: list[str]) -> None:
-    assert list(ask._words(read_answer(reading, QUESTION), True, 9)) == words
+    assert list(ask._words(read_answer(reading, QUESTION))) == words
 
 
-def test_mistakes(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes(workplace: Path) -> None:
     """One line that says what to do, before anything slow."""
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     for question, options, words in (
         (QUESTION, {"policy": "sft"}, r"^checkpoints/sft_lora: is missing; run `dvc repro` .* or `dvc pull`"),
-        (QUESTION, {"policy": "best"}, "no policy 'best'; choose one of base, sft, dpo"),
-        (QUESTION, {"temperature": -1.0}, "--temperature -1.0: must be from 0"),
-        (QUESTION, {"max_new_tokens": 0}, "--max-new-tokens 0: must be 1 or more"),
-        (None, {}, "no question; write it behind the command"),
-        ("-", {}, "the question is empty"),
         (" ", {}, "the question is empty"),
     ):
         with pytest.raises(UserError, match=words):

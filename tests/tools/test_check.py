@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from stages.launch import memory
 from stages.run.errors import UserError
@@ -47,17 +47,17 @@ def make_chat(workplace: Path) -> None:
     change(workplace, "two: {style: direct,", "two: {style: direct, system: Be brief.,")
 
 
-def output() -> str:
-    stream = io.StringIO()
-    check.main(Console(file=stream, width=100))
+def output(gpu_memory: float | None = None) -> str:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as stream:
+        patch.setenv("COLUMNS", "120")
+        check.main(gpu_memory)
     return stream.getvalue()
 
 
 def refusal() -> tuple[str, str]:
     """The error and what was printed before it."""
-    stream = io.StringIO()
-    with pytest.raises(UserError) as error:
-        check.main(Console(file=stream, width=200))
+    with contextlib.redirect_stdout(io.StringIO()) as stream, pytest.raises(UserError) as error:
+        check.main()
     return str(error.value), stream.getvalue()
 
 
@@ -83,19 +83,6 @@ def test_arms_with_one_prompt_are_shown_once(workplace: Path) -> None:
     """Arms that differ in temperature only put the question alike."""
     change(workplace, "two: {style: direct,", "two: {style: plain,")
     assert "rollout, style plain: one, two" in output()
-
-
-def test_example_without_data(workplace: Path) -> None:
-    """Before `prepare` ran, the generator's first problem is shown, or a row of the user's own file."""
-    assert "the first generated problem" in output()
-    (workplace / "my.jsonl").write_text('{"question": "Whose?", "answer": "#### 4"}\n')
-    change(
-        workplace,
-        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1",
-        "source: files\n  train: my.jsonl\n  platinum: my.jsonl\n  valid: 5",
-    )
-    text = output()
-    assert "the first row of my.jsonl" in text and "Question: Whose?" in text
 
 
 def test_missing_files_are_all_listed(workplace: Path) -> None:
@@ -159,7 +146,7 @@ def test_chat_before_base_ran(workplace: Path) -> None:
     """The messages are shown, and why not the filled template."""
     make_chat(workplace)
     text = output()
-    assert "checkpoints/base is not there" in text
+    assert "a sample question (run `dvc repro prepare`" in text and "checkpoints/base is not there" in text
     assert "system: Be exact.\nuser: Question: " in text and "system: Be brief.\nuser: " in text
 
 
@@ -209,9 +196,7 @@ def test_the_engine_is_named(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
     """`auto` takes vLLM on a GPU only, and nobody knows what is installed beside a GPU that is not here."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert ", engine transformers\n" in output()
-    stream = io.StringIO()
-    check.main(Console(file=stream, width=100), 80)
-    assert "engine" not in stream.getvalue()
+    assert "engine" not in output(80)
     change(workplace, "engine: auto", "engine: vllm")
     assert refusal()[0].startswith("hardware.engine: vllm is not installed")
 
@@ -269,9 +254,7 @@ def use_abel(workplace: Path, **hardware: str) -> None:
 
 def fits(gpu_memory: float | None = None) -> dict[str, list[str]]:
     """The cells of the table by stage."""
-    stream = io.StringIO()
-    check.main(Console(file=stream, width=120), gpu_memory)
-    table = re.split("rows at once|room for|first prompts", stream.getvalue())[1]
+    table = re.split("rows at once|room for|first prompts", output(gpu_memory))[1]
     lines = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
     return {line[0]: line[1:] for line in lines if len(line) == 4}
 

@@ -79,7 +79,6 @@ def test_what_is_printed(tmp_path: Path) -> None:
     for words in (
         "sft → dpo, 1,209 questions in both", "71.4 %", "71.2 %", "-0.2", "0.80", "68.8–73.9",
         "gained 7 (only dpo right), lost 9 (only sft right)", "identical completions: 1,193 of 1,209",
-        "smallest visible difference, greedy: 1.0 points",
         "greedy: no difference can be seen; one of at least 1.0 points would have been",
     ):  # fmt: skip
         assert words in text
@@ -100,7 +99,7 @@ def test_questions_on_one_side_only_are_counted_and_named(
     files = logs(tmp_path, a, b)
     text = shown(*files)
     assert "sft → dpo, 3 questions in both" in text
-    assert "only in sft, left out: 7 (q0, q1, q2, q6, q7 and 2 more)" in text
+    assert "only in sft, left out: 7 (q0, q1, q2, q6, q7, and 2 more)" in text
     assert "only in dpo, left out: 1 (q77)" in text
     made = facts(capsys, *files)
     assert (made["only_a"], made["only_b"], made["only_b_ids"]) == (7, 1, ["q77"])
@@ -108,19 +107,14 @@ def test_questions_on_one_side_only_are_counted_and_named(
 
 
 @pytest.mark.parametrize(("kind", "number"), [("gained", "q0"), ("lost", "q1")])
-def test_changed_questions_are_shown(
-    kind: str, number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_changed_questions_are_shown(kind: str, number: str, tmp_path: Path) -> None:
     """The question, the gold, and how both completions ended."""
     a, b = [row(0, False), row(1, True), row(2, True)], [row(2, True), row(1, False), row(0, True)]
     files = logs(tmp_path, a, b)
     text = shown(*files, show=(kind, 5))
-    assert f"{kind}: {number} ─" in text
+    assert f"{kind}: {number} ─" in text and text.count(f"{kind}: ") == 1
     assert f"How many are {number[1]}?" in text
     assert "... " in text and "#### 0" in text and "#### 1" in text and "long story" not in text
-    made = facts(capsys, *files, show=(kind, 5))
-    assert [one["id"] for one in made["shown"]] == [number]
-    assert made["shown"][0]["b"]["correct"] is (kind == "gained")
     same = shown(files[0], files[0], show=(kind, 5))
     assert f"no question was {kind}" in same
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from stages import coherence
+from stages import coherence, preference
 from stages.regime_w import signals
+from stages.regime_w.scorer import QUESTION_FIELDS
 from stages.run.errors import UserError
 from stages.run.files import read_jsonl, write_jsonl
 from stages.run.params import load_params
@@ -70,7 +71,7 @@ def question(name: str, texts: list[str], tokens: int) -> dict[str, Any]:
 
 
 def picture(name: str = "ann", rollouts: Path = SCORED) -> dict[str, Any]:
-    return explain.explain(find_record(rollouts, name, explain.FIELDS, "question"), rollouts, load_params())
+    return explain.explain(find_record(rollouts, name, QUESTION_FIELDS, "question"), rollouts, load_params())
 
 
 def output(name: str = "ann", **options: Any) -> str:
@@ -234,8 +235,8 @@ def test_command_line(workplace: Path) -> None:
         return subprocess.run([sys.executable, "-c", code, repo, *arguments], capture_output=True, text=True)
 
     assert json.loads(run("explain", "ann", "--json").stdout) == picture()
-    write_jsonl(Path("data/coherence_preferences.jsonl"), [{"chosen": "a", "rejected": "b"}])
-    assert "1 of 1, 1 in all" in run("pairs").stdout
+    preference.main()
+    assert re.search(r"\(1 of 1, \d in all\)", run("pairs", "--sample", "1").stdout)
     assert run("suspects", "--from", "0.25").stdout.startswith("0 of 3 questions have a suspicion of 0.25 or")
     assert "training question" in run("trace", "ann").stdout
     wrong = run("explain", "anne")

@@ -33,8 +33,7 @@ from stages.run.stage import write_manifest
 from stages.stats.one import summarise
 from stages.text.answers import read_answer
 from stages.tools import export
-from stages.tools.show import new_console
-from tests.tools.random_run import greedy, make_project
+from tests.policy import greedy, make_project
 
 QUESTIONS = [export.EXAMPLE, *(f"Ben has {n} pens and gets {n + 1}. How many?" for n in range(7))]
 CHAT_PROMPT = {
@@ -125,8 +124,8 @@ def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def exported(folder: Path, **options: Any) -> tuple[dict[str, Any], str, str]:
     """The facts, the card on one line, and what was printed."""
-    stream = io.StringIO()
-    export.main(folder, console=new_console(file=stream, width=80), **options)
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        export.main(folder, **options)
     card = " ".join((folder / export.CARD).read_text().split())
     return json.loads((folder / export.FACTS).read_text()), card, stream.getvalue()
 
@@ -189,8 +188,8 @@ def test_the_result_is_that_of_these_weights(project: Path, tmp_path: Path) -> N
     (PLATINUM_EVAL / "dpo.manifest.json").unlink()
     facts, card, printed = exported(tmp_path / "c", questions=0)
     assert facts["result"] is None and facts["comparisons"] == []
-    assert "Platinum: no evaluation of it is here" in printed
-    assert "No result: no evaluation of it is here." in card
+    assert "Platinum: no evaluation of these weights is here" in printed
+    assert "No result: no evaluation of these weights is here." in card
 
 
 def test_changed_weights_are_not_exported_and_changed_parents_are_told(project: Path, tmp_path: Path) -> None:
@@ -228,10 +227,11 @@ def test_nothing_private_is_in_the_folder_and_text_is_escaped(project: Path, tmp
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("precision", [None, "bf16", "fp16", "fp32"])
 def test_the_sum_is_made_in_32_bits_and_rounded_once(
-    project: Path, base: torch.dtype, precision: str | None
+    project: Path, monkeypatch: pytest.MonkeyPatch, base: torch.dtype, precision: str | None
 ) -> None:
     AutoModelForCausalLM.from_pretrained(BASE, dtype=base).save_pretrained(BASE)
-    facts = export.write_model("dpo", precision, "20KB", 64, project.parent)
+    monkeypatch.setattr(export, "LARGEST_FILE", "20KB")
+    facts = export.write_model("dpo", precision, 64, project.parent)
     written: dict[str, torch.Tensor] = {}
     for file in project.parent.glob("model-*.safetensors"):
         written |= load_file(file)
@@ -254,12 +254,13 @@ def test_a_weight_too_large_for_fp16(project: Path) -> None:
     weights["model.norm.weight"][0] = 70_000
     save_file(weights, BASE / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.norm\.weight: is too large for torch\.float16; choose"):
-        export.write_model("dpo", "fp16", "4GB", 64, project.parent / "out")
-    assert export.write_model("dpo", "bf16", "4GB", 64, project.parent / "out")["precision"] == "bf16"
+        export.write_model("dpo", "fp16", 64, project.parent / "out")
+    assert export.write_model("dpo", "bf16", 64, project.parent / "out")["precision"] == "bf16"
 
 
-def test_another_precision(project: Path, tmp_path: Path) -> None:
-    facts, _, printed = exported(tmp_path / "a", precision="bf16", max_shard_size="20KB", questions=2)
+def test_another_precision(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "LARGEST_FILE", "20KB")
+    facts, _, printed = exported(tmp_path / "a", precision="bf16", questions=2)
     assert facts["precision"] == "bf16" and len(facts["files"]) > 1
     assert "dpo in bf16" in printed
     assert facts["unmerged"]["largest_logit_difference"] > 1e-3
@@ -272,10 +273,6 @@ def test_another_precision(project: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folder", "options", "words"),
     [
-        ("../x", {"policy": "rlhf"}, "no policy 'rlhf'; choose one of base, sft, dpo"),
-        ("../x", {"precision": "int8"}, "'int8' is unknown; choose one of bf16, fp16, fp32"),
-        ("../x", {"max_shard_size": "big"}, "say it as 500MB or 4GB"),
-        ("../x", {"max_shard_size": "0GB"}, "say it as 500MB or 4GB"),
         ("checkpoints/base/x", {}, "must lie outside of this project"),
         (".", {"force": True}, "must lie outside of this project"),
         ("..", {"force": True}, "must lie outside of this project"),

@@ -68,12 +68,6 @@ def test_a_pair_side_by_side(file: Path, width: int) -> None:
     assert set(facts) <= set(lines)
 
 
-def test_colours_instead_of_marks(file: Path) -> None:
-    text = printed(pairs.main, file, sample=1, colour=True)
-    assert "[12]" not in text and "[eats]" not in text
-    assert re.search(r"\x1b\[1;7;32meats\x1b\[0m", text) and re.search(r"\x1b\[1;7;31mdrops\x1b\[0m", text)
-
-
 def test_sample(file: Path) -> None:
     """As many as asked for, in the file's order, the same for one seed, others for another; of a kind or question."""
     text = printed(pairs.main, file)
@@ -86,23 +80,19 @@ def test_sample(file: Path) -> None:
 
 
 def test_files_from_elsewhere(tmp_path: Path) -> None:
-    """Two texts are enough; length is in characters where there are no tokens. What is no number is shown as it is."""
-    write_jsonl(tmp_path / "bare.jsonl", [{"chosen": "a b\nx", "rejected": "a c d\nx\n\nend"}])
-    text = printed(pairs.main, tmp_path / "bare.jsonl")
-    assert "pair chosen > rejected (1 of 1, 1 in all)" in text and "reward" not in text
-    assert re.search(r"a \[b\] +a \[c d\]", text)
-    assert re.search(r"^ +\[end\]", text, re.MULTILINE) and text.count("[") == 3  # line ends are not marked
-    assert re.search(r"length +5 characters +12 characters", text)
-    odd = {"margin": "big", "chosen_signals": [1], "rejected_signals": {"s_wm": "x"}, "chosen_tokens": "many"}
-    write_jsonl(tmp_path / "odd.jsonl", [pair(0, **odd)])
+    """What is no number is shown as it is; line ends are not marked."""
+    texts = {"prompt": "Why?", "chosen": "a b\nx", "rejected": "a c d\nx\n\nend"}
+    odd = {"margin": "big", "chosen_signals": {}, "rejected_signals": {"s_wm": "x"}, "chosen_tokens": "many"}
+    write_jsonl(tmp_path / "odd.jsonl", [pair(0, **texts, **odd)])
     text = printed(pairs.main, tmp_path / "odd.jsonl")
-    assert "margin big" in text and re.search(r"s_wm +– +x", text) and "characters" in text
+    assert "margin big" in text and re.search(r"s_wm +– +x", text) and "tokens" not in text
+    assert re.search(r"a \[b\] +a \[c d\]", text)
+    assert re.search(r"^ +\[end\]", text, re.MULTILINE) and text.count("[") == 3
 
 
 @pytest.mark.parametrize(
     ("record", "options", "said"),
     [
-        ({}, {"kind": "luck"}, "--kind: 'luck' is unknown; choose one of coherence, correctness"),
         ({}, {"question": "q5"}, "holds no pairs from question 'q5'; `python -m stages explain` says why"),
         ({}, {"kind": "coherence"}, "holds no pairs of kind coherence"),
         ({"chosen": 3}, {}, ":1: field 'chosen' must be str"),

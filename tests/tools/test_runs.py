@@ -34,15 +34,12 @@ def test_a_real_run_is_listed(workplace: Path) -> None:
     revision = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
     prepare.main()
     pattern = rf"prepare +\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d +\d+\.\d +[\d,]+ +{revision[:7]}"
-    text = printed(runs.main)
-    assert re.search(pattern, text) and "torch" not in text
-    text = printed(runs.main, versions=True, width=400)
-    assert re.search(r"^prepare .*: python 3\.\d+\.\d+, torch \S+, transformers ", text, re.MULTILINE)
+    assert re.search(pattern, printed(runs.main))
 
 
 def test_oldest_first_and_a_run_outside_git(workplace: Path) -> None:
     """The order they ran in; no revision is no mistake."""
-    facts = {"seconds": 1234.5, "peak_memory_mib": 2048, "revision": None, "python": "3.11.0", "versions": {}}
+    facts = {"seconds": 1234.5, "peak_memory_mib": 2048, "revision": None}
     for stage, when in (("sft", "2026-01-02T03:04:05Z"), ("evaluate@dpo", "2026-01-01T00:00:00Z")):
         path = workplace / ".work" / "runs" / f"{when.replace(':', '')}-{stage}.json"
         write_json(path, {"stage": stage, "started": when, **facts})

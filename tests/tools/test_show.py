@@ -21,7 +21,8 @@ def test_cells() -> None:
     assert cells == ["0.500", "1,200", "high", "–"]
     answers = (("5", True), ("5", False), (None, False), ("5", None))
     assert [show.verdict(*one).plain for one in answers] == ["5 ✓", "5 ✗", "none ✗", "5"]
-    assert show.shorten("abcdef", 6) == "abcdef" and show.shorten("abcdefg", 6) == "abcde…"
+    assert show.at_most(2, ["a", "b"]) == ["a", "b"]
+    assert show.at_most(2, [*"abcd"]) == ["a", "b", "and 2 more"]
 
 
 def test_strings_are_printed_as_they_are() -> None:
