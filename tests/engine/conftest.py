@@ -1,4 +1,4 @@
-"""What the tests of engines share."""
+"""A small policy for all tests of engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.policy import make_policy
 
 @pytest.fixture(scope="session")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `base` and `adapter` are, as the stages save them."""
+    """The folder with `base` and `adapter`, as the stages save them."""
     return tmp_path_factory.mktemp("policy")
 
 

@@ -160,7 +160,7 @@ def test_drawn_tokens_follow_the_models_distribution(
 
 
 def test_logprob_is_that_of_a_fresh_forward_pass(model: Any, make: Make) -> None:
-    """Summed over all new tokens, the end token included, at temperature 1 whatever the request's."""
+    """It is the sum over all new tokens, with the end token, at temperature 1, even if the request has another."""
     requests = mixed_requests()
     completions = complete(make(), requests)
     for request in requests:

@@ -1,4 +1,4 @@
-"""The vLLM engine against a stand-in for vLLM, which fails, loses and finishes requests as a test wants it to.
+"""The vLLM engine with a stand-in for vLLM that fails, loses and finishes requests as a test wants.
 
 The stand-in takes no argument that vLLM 0.30.0 does not have, and generates with `TransformersEngine`. It shows that
 the engine asks for the right things and handles what comes back. vLLM itself runs in test_engine_contract.py and
@@ -56,7 +56,7 @@ class LoRARequest:
 
 
 class LLM:
-    """`llm_engine` finishes one request a step, the last that came in first."""
+    """`llm_engine` finishes one request a step, the newest one first."""
 
     made: list[LLM]
 
@@ -191,7 +191,7 @@ def test_completions_are_those_of_the_policy(base: Path, policy_folder: Path) ->
 
 
 def test_an_end_token_as_the_last_one_allowed_ends_the_completion() -> None:
-    """Whichever of the two vLLM calls it."""
+    """vLLM may report `stop` or `length` then."""
     engine = VllmEngine.__new__(VllmEngine)
     engine.end_ids = END
     for reason in ("stop", "length"):
@@ -252,7 +252,7 @@ def test_a_lost_request_is_an_error(base: Path) -> None:
 
 
 def test_a_dead_engine_stays_dead(base: Path) -> None:
-    """What was finished came out; after that nothing does, so that its process ends."""
+    """After a failure it generates nothing more, so that its process is replaced."""
     engine = VllmEngine(None, base)
     LLM.made[0].fails_at = 4
     running: Iterator[Completion] = engine.generate(requests())

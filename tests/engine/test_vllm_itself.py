@@ -1,5 +1,7 @@
-"""vLLM itself in processes of its own: one that is killed costs its piece only. What it promises as an engine is in
-test_engine_contract.py, what is done when it fails in test_vllm_engine.py."""
+"""vLLM itself in several processes: when one is killed, another one does its piece again.
+
+test_engine_contract.py tests vLLM as an engine, and test_vllm_engine.py tests what happens when it fails.
+"""
 
 from __future__ import annotations
 

@@ -28,16 +28,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
-NEVER_COPIED = (
-    "/.git",
-    "/.dvc/cache",
-    "/.dvc/tmp",
-    "/.work",
-    "/data",
-    "/checkpoints",
-    "/metrics",
-    "/dvc.lock",
-)
 STAGE_RUNS = ["prepare", "base", "sft", "rollout", "coherence", "preference", "dpo", "headline", "report"] + [
     f"evaluate@{policy}" for policy in ("base", "sft", "dpo")
 ]
@@ -82,18 +72,13 @@ def into_hub_cache(files: Path, cache: Path, identity: str, revision: str) -> No
 
 
 def fresh_copy(project: Project, folder: Path) -> Project:
-    """The project's files without any run's outputs, in a git repository of their own."""
-    root = folder / "project"
-
-    def outputs(place: str, names: list[str]) -> list[str]:
-        inside = "/" + Path(place).relative_to(project.root).as_posix() if Path(place) != project.root else ""
-        return [name for name in names if f"{inside}/{name}" in NEVER_COPIED]
-
-    shutil.copytree(project.root, root, ignore=outputs, symlinks=True)
-    shutil.copytree(project.guard, folder / "guard")
-    (folder / "guard" / "attempts").unlink(missing_ok=True)
-    copy = replace(project, root=root, guard=folder / "guard")
-    copy.run("git", "init", "--quiet")
+    """A clone of the project as it was before its first run."""
+    copy = replace(project, root=folder / "project", guard=folder / "guard")
+    shutil.copytree(project.guard, copy.guard)
+    (copy.guard / "attempts").unlink(missing_ok=True)
+    project.run("git", "clone", "--quiet", str(project.root), str(copy.root))
+    first = copy.run("git", "rev-list", "--max-parents=0", "HEAD").stdout.strip()
+    copy.run("git", "checkout", "--quiet", first)
     return copy
 
 

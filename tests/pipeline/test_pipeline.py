@@ -109,7 +109,7 @@ def test_row_counts_follow_the_parameters(small_run: Project) -> None:
         assert all(len(row["samples"]) == params["evaluate"]["samples"] for row in rows)
 
 
-def test_records_have_the_designs_fields_in_order(small_run: Project) -> None:
+def test_records_have_the_documented_fields_in_order(small_run: Project) -> None:
     data = small_run.root / "data"
     rollout, scored = rows_of(data / "rollouts.jsonl")[0], rows_of(data / "regime_w_rollouts.jsonl")[0]
     assert list(rollout) == ["id", "question", "gold", "solution", "trajectories"]
@@ -328,7 +328,7 @@ def test_a_mistake_is_one_line_and_stops_before_any_work(copy_run: Callable[[], 
 
 
 def test_help_of_a_stage_without_a_model_comes_at_once(small_project: Project) -> None:
-    """At most a second of processor time, and no torch."""
+    """It takes at most a second of processor time."""
     code = (
         "import resource, subprocess, sys\n"
         "command = [sys.executable, '-m', 'stages', 'coherence', '--help']\n"

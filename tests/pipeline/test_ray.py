@@ -199,14 +199,16 @@ def test_generation_gives_the_same_bytes(cluster: Cluster, rollouts: bytes) -> N
 def test_a_lost_worker_costs_its_piece_only(cluster: Cluster, rollouts: bytes, fate: str) -> None:
     """Another worker does its piece again, and the result is the same."""
     stage = cluster.begin("rollout")
-    work = cluster.project.root / ".work/rollout"
-    cluster.wait_for(lambda: any(path.stat().st_size for path in work.glob("*/journal.jsonl")))
-    workers = cluster.workers(SECOND, "Server")
-    assert len(workers) == 1
+    cluster.wait_for(lambda: cluster.workers(HEAD, "Server"))
+    (first,) = cluster.workers(HEAD, "Server")
+    os.kill(first, signal.SIGSTOP)  # otherwise it may do everything before the second one has loaded
+    cluster.wait_for(lambda: cluster.workers(SECOND, "Server.complete"))
+    (second,) = cluster.workers(SECOND, "Server")
+    os.kill(first, signal.SIGCONT)
     if fate == "its whole node killed":
         cluster.kill(SECOND)
     else:
-        os.kill(workers[0], signal.SIGSTOP if fate == "hanging" else signal.SIGKILL)
+        os.kill(second, signal.SIGSTOP if fate == "hanging" else signal.SIGKILL)
     said = cluster.finish(stage)
     assert (cluster.project.root / "data/rollouts.jsonl").read_bytes() == rollouts
     assert ("is gone" in said) == (fate != "hanging")
@@ -226,6 +228,18 @@ def test_training_gives_the_same_adapter(
     assert_same_adapter(stage, small_run, cluster.project)
     assert "training with 2 workers" in said
     assert said.count("parameters trained") == 1  # only one worker prints
+
+
+def test_a_mistake_that_training_finds_is_one_line(cluster: Cluster) -> None:
+    profile = cluster.project.root / "profiles/tiny.yaml"
+    before = profile.read_bytes()
+    cluster.project.update("profiles/tiny.yaml", {"sft.max_tokens": 1})
+    stage = cluster.begin("sft")
+    said = stage.communicate(timeout=LONG)[1]
+    profile.write_bytes(before)
+    assert stage.returncode == 1
+    assert said.count("are longer than sft.max_tokens; raise it") == said.count("error: ") == 1
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("fate", ["killed", "its whole node killed"])
