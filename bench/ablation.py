@@ -143,7 +143,7 @@ def same_count(path: Path, wanted: dict[str, int], seed: int) -> None:
 
 def measure(place: Path) -> Measures:
     """Each measure's value for every held-out question, from the evaluated completions."""
-    solutions = {row["id"]: row["answer"] for row in read_jsonl(place / PLATINUM)}
+    solutions = {row["id"]: row["solution"] for row in read_jsonl(place / PLATINUM)}
     names = ("greedy", "mean@8", "maj@8", "pass@8", "right", "sound", "s_wm")
     values: Measures = {name: [] for name in names}
     for row in read_jsonl(place / PLATINUM_EVAL / "dpo.jsonl"):

@@ -1,6 +1,6 @@
 """Write this run's questions to `data/gsm8k/{train,valid,platinum}.jsonl`, from the hub, from files or generated.
 
-    {"id": "train-00017", "question": "Ann has 3 bags ...", "answer": "... #### 10", "gold": "10"}
+    {"id": "train-00017", "question": "Ann has 3 bags ...", "solution": "... #### 10", "gold": "10"}
 
 An id is the row's place in its source, so it does not change when cleaning drops other rows. A question that occurs
 twice is kept once. A training question that is also in Platinum (all of it, or 13 words in a row) is removed. Every

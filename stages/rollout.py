@@ -138,7 +138,7 @@ def build_record(
         trajectories.append(trajectory)
     question = {"id": problem["id"], "question": problem["question"], "gold": problem["gold"]}
     planted = {"planted": True} if problem.get("planted") else {}
-    return {**question, "solution": problem["answer"], **planted, "trajectories": trajectories}
+    return {**question, "solution": problem["solution"], **planted, "trajectories": trajectories}
 
 
 def verdicts(record: Record) -> list[tuple[str, bool]]:

@@ -104,13 +104,15 @@ def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]
     """The training rows as tokens (`input_ids`, and `labels` with -100 on the prompt), and how many were too long."""
     spec, prompt = run.params.sft, run.params.prompt
     rng = random.Random(f"{run.params.seed}/sft")
-    problems = list(read_jsonl(TRAIN, {"question": str, "answer": str}))
+    problems = list(read_jsonl(TRAIN, {"question": str, "solution": str}))
     if spec.examples and spec.examples < len(problems):
         problems = rng.sample(problems, spec.examples)
     rows = []
     for problem in problems:
         before = prompt_ids(tokenizer, prompt, problem["question"], rng.choice(spec.styles))
-        after = completion_ids(tokenizer, completion_text(prompt, problem["answer"]), opening=prompt.opening)
+        after = completion_ids(
+            tokenizer, completion_text(prompt, problem["solution"]), opening=prompt.opening
+        )
         if len(before) + len(after) <= spec.max_tokens:
             rows.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
     return rows, len(problems) - len(rows)

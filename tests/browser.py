@@ -128,16 +128,6 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def type(self, text: str) -> None:
-        """Type into whatever has the focus."""
-        self.send("Input.insertText", {"text": text})
-
-    def press(self, key: str, code: int, text: str = "") -> None:
-        """One key down and up, e.g. ("Tab", 9) or ("Enter", 13, "\\r")."""
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
-        for kind, more in (("keyDown", {"text": text} if text else {}), ("keyUp", {})):
-            self.send("Input.dispatchKeyEvent", {"type": kind, **event, **more})
-
     def requests(self) -> list[str]:
         """Addresses the page asked for, its own among them."""
         events = self._browser.events(self._session)

@@ -53,26 +53,6 @@ def test_lengths_have_the_mean_they_are_said_to_have(gpu: ModuleType) -> None:
         assert min(drawn) > 0
 
 
-def test_every_request_has_a_limit_and_arms_share_their_questions_prompt(gpu: ModuleType) -> None:
-    """8 arms in four styles: four prompts a question."""
-    styles = ["a", "b", "c", "d"]
-    arms = {
-        f"{style}{heat}": SimpleNamespace(style=style, temperature=heat, top_p=0.9)
-        for style in styles
-        for heat in (0.6, 1.0)
-    }
-    params = SimpleNamespace(
-        seed=1, prompt=SimpleNamespace(styles=styles), rollout=SimpleNamespace(questions=5, arms=arms)
-    )
-    requests = gpu.build_requests("rollouts", SimpleNamespace(params=params), True)
-    assert len({one.id for one in requests}) == len(requests) == 40
-    assert len({one.prompt for one in requests}) == 20
-    assert len({one.max_new_tokens for one in requests}) > 20
-    batches = gpu.plain_batches(requests, 3)
-    assert sorted(one.id for batch in batches for one in batch) == sorted(one.id for one in requests)
-    assert all(len({one.temperature for one in batch}) == 1 for batch in batches)
-
-
 def test_a_stopped_measurement_leaves_out_the_first_quarter(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +43,3 @@ def test_what_cannot_be_used_is_one_line_and_leaves_the_old_output(
         preference.main(Path("in.jsonl"), OUT, Path("metrics/preference.json"))
     assert "\n" not in str(caught.value)
     assert OUT.read_text() == "old\n"
-
-
-def test_it_imports_nothing_that_reads_texts() -> None:
-    """`fault` says why a trajectory may not be chosen, so a change in stages/text leaves the pairs as they are."""
-    code = "import sys, stages.preference; print(*[name for name in sys.modules if name.startswith('stages.text')])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

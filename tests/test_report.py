@@ -99,16 +99,16 @@ def add_everything(root: Path) -> None:
 # --- what it writes
 
 
-def test_comparison_is_the_paired_one(workplace: Path) -> None:
+def test_evaluations_alone_are_enough(workplace: Path) -> None:
+    """The comparison and the plot's data are there, and the page has no sections of what did not run."""
     report.main()
+    page = (workplace / "report.html").read_text()
+    assert "There is no dvc.lock yet" in page and "No manifests were found" in page
+    assert 'id="training"' not in page and 'id="coherence"' not in page
     made = json.loads((workplace / "metrics/comparison.json").read_text())
     assert list(made) == ["base_to_sft", "sft_to_dpo", "base_to_dpo"]
     assert made["sft_to_dpo"] == compare(rows_of("sft"), rows_of("dpo"), "SFT", "DPO", BOOTSTRAP_SEED)
     assert made["sft_to_dpo"]["gained"] > 0
-
-
-def test_plot_data_has_one_line_a_policy(workplace: Path) -> None:
-    report.main()
     rows = list(csv.DictReader((workplace / "metrics/plots/policies.csv").read_text().splitlines()))
     assert [row["policy"] for row in rows] == ["base", "SFT", "DPO"]
     metrics = json.loads((workplace / "metrics/platinum_details/dpo.json").read_text())
@@ -161,14 +161,6 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     assert 'class="warn"' not in page
 
 
-def test_page_without_the_rest(workplace: Path) -> None:
-    """Evaluations alone are enough: no curves, no plots, no metrics of earlier stages, no lock."""
-    report.main()
-    page = (workplace / "report.html").read_text()
-    assert "There is no dvc.lock yet" in page and "No manifests were found" in page
-    assert 'id="training"' not in page and 'id="coherence"' not in page
-
-
 def test_page_of_one_policy(workplace: Path) -> None:
     for name in ("base", "dpo"):
         (workplace / f"data/platinum_eval/{name}.jsonl").unlink()
@@ -215,16 +207,20 @@ def test_unhealthy_generations_are_loud(workplace: Path) -> None:
         ),
     ],
 )
-def test_manifests_that_differ_from_the_lock_are_shown(
-    workplace: Path, old: str, new: str, words: str
+def test_manifests_that_differ_from_files_and_lock_are_shown(
+    workplace: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, words: str
 ) -> None:
+    """On the page, and changed outputs in the terminal too."""
     add_everything(workplace)
+    (workplace / "a").write_text("edited by hand")
     lock = workplace / "dvc.lock"
     lock.write_text(lock.read_text().replace(old, new))
     report.main()
     page = (workplace / "report.html").read_text()
     assert "Manifests, files and dvc.lock do not agree" in page
     assert words in page
+    changed = "a, written by evaluate@sft, differs from what lies here now"
+    assert changed in page and f"WARNING {changed}" in capsys.readouterr().err
 
 
 def test_a_damaged_lock_is_one_clear_line(workplace: Path) -> None:
@@ -250,16 +246,6 @@ def test_page_stays_small(workplace: Path) -> None:
     assert data["left_out"] + len(data["rows"]) == 1209
     assert sum(len(set(row["right"])) > 1 for row in data["rows"]) == changed
     assert all("characters left out" in row["text"][2] and "####" in row["text"][2] for row in data["rows"])
-
-
-def test_outputs_that_were_changed_are_shown(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that is not the one its manifest names is said on the page and in the terminal."""
-    add_everything(workplace)
-    (workplace / "a").write_text("edited by hand")
-    report.main()
-    words = "a, written by evaluate@sft, differs from what lies here now"
-    assert words in (workplace / "report.html").read_text()
-    assert f"WARNING {words}" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -314,31 +300,6 @@ def test_page_in_a_browser(workplace: Path, browser: Browser, width: int, dark: 
     )
     assert (text > background) == dark
     assert set(page.requests()) <= {address, "data:,"}
-    assert page.complaints() == []
-
-
-def test_page_by_keyboard(workplace: Path, browser: Browser) -> None:
-    """Tab reaches the search field; typing searches; the next Tab and Enter open the question found."""
-    add_everything(workplace)
-    report.main()
-    page = browser.open((workplace / "report.html").as_uri())
-    for _ in range(30):
-        page.press("Tab", 9)
-        if page.run("document.activeElement.id") == "show":
-            break
-    page.press("End", 35)
-    assert page.run("at('show').value") == "all"
-    page.press("Tab", 9)
-    assert page.run("document.activeElement.id") == "search"
-    assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    page.type("platinum-00042")
-    assert page.run(COUNT) == [1, 1]
-    page.press("Tab", 9)
-    assert page.run("document.activeElement.tagName") == "SUMMARY"
-    page.press("Enter", 13, "\r")
-    page.run("new Promise(done => requestAnimationFrame(() => setTimeout(done, 0)))")
-    assert page.run("at('list').firstChild.open") is True
-    assert page.run("at('list').querySelectorAll('pre').length") == 2
     assert page.complaints() == []
 
 

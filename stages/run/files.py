@@ -2,7 +2,7 @@
 
 A record file is UTF-8, one JSON object a line:
 
-    {"id": "train-00017", "question": "Ann has 3 bags ...", "answer": "... #### 10"}
+    {"id": "train-00017", "question": "Ann has 3 bags ...", "solution": "... #### 10"}
 
 Outputs are written under a temporary name, fsynced and renamed: a reader sees the old file or the whole new one.
 """

@@ -12,7 +12,7 @@ from typing import Any
 from stages.run.errors import UserError
 from stages.text.answers import gold_answer
 
-FIELDS = ("question", "answer")
+FIELDS = ("question", "answer")  # of a source, as GSM8K names them; its answer is our row's `solution`
 GRAM = 13  # words in a row that count as an overlap, as in the GPT-3 paper, appendix C
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ def checked_row(identity: str, question: object, answer: object, where: str) -> 
             f"{where}: field 'answer' must end in '#### ' and a number, found {str(answer).strip()[-40:]!r}; "
             "correct or remove this row"
         )
-    return {"id": identity, "question": question, "answer": answer, "gold": gold}
+    return {"id": identity, "question": question, "solution": answer, "gold": gold}
 
 
 def normalise(text: str) -> str:

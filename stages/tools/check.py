@@ -323,9 +323,10 @@ def _dvc_cache() -> tuple[Path, bool]:
 
 def _example() -> tuple[dict[str, Any], str]:
     """A question with its gold solution, and where it comes from."""
-    sample = {"question": EXAMPLE, "answer": SOLUTION}
+    sample = {"question": EXAMPLE, "solution": SOLUTION}
     if TRAIN.is_file():
-        return next(read_jsonl(TRAIN, {"question": str, "answer": str}), sample), f"the first row of {TRAIN}"
+        rows = read_jsonl(TRAIN, {"question": str, "solution": str})
+        return next(rows, sample), f"the first row of {TRAIN}"
     return sample, "a sample question (run `dvc repro prepare` to see one of your own)"
 
 
@@ -360,7 +361,7 @@ def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterato
             return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    completion = completion_text(params.prompt, example["answer"]).removeprefix(params.prompt.opening)
+    completion = completion_text(params.prompt, example["solution"]).removeprefix(params.prompt.opening)
     for style in dict.fromkeys(params.sft.styles):
         yield f"sft, style {style}: prompt", filled(style)
     yield "sft: completion (the end token follows)", completion

@@ -332,11 +332,6 @@ def test_what_the_hub_refuses_is_said(
     assert not [name for name in hub.served if name.endswith(".bin")]
 
 
-def test_no_hub_at_that_address(hub: Hub) -> None:
-    hub.close()
-    refused("127.0.0.1 cannot be reached (")
-
-
 def test_something_else_at_that_address(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A login page, or a server of another kind."""
     monkeypatch.setattr(Hub, "_listing", lambda self: ["Welcome to the hotel's network"])
@@ -452,23 +447,13 @@ def test_code_beside_the_weights_is_neither_run_nor_asked_about(abel: Path, tmp_
 
 
 def test_an_older_pickle_is_read(abel: Path) -> None:
-    """The format of before torch 1.6, which cannot be mapped into memory; no single byte differs in the result."""
+    """The format of before torch 1.6, which cannot be mapped into memory; here the base stays in 32 bits."""
     folder = copy(abel)
+    use_folder(folder, "float32")
     for number in range(3):
         change_shard(folder, lambda shard: None, number, _use_new_zipfile_serialization=False)
     base.main()
-    assert_converted(abel)
-
-
-def test_one_file_without_an_index(abel: Path) -> None:
-    folder = copy(abel)
-    torch.save(original(folder), folder / "pytorch_model.bin")
-    for name in [*SHARDS, "pytorch_model.bin.index.json"]:
-        (folder / name).unlink()
-    use_folder(folder, "float32")
-    base.main()
     assert_converted(abel, torch.float32)
-    assert [path.name for path in Path("checkpoints/base").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def break_off(at: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:

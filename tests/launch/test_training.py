@@ -72,7 +72,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     MistralForCausalLM(config).save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
     made = [(one.question, one.answer) for one in islice(problems("train", 1), 8 * STEPS)]
-    rows = [{"id": str(i), "question": q, "answer": a, "gold": "1"} for i, (q, a) in enumerate(made)]
+    rows = [{"id": str(i), "question": q, "solution": a, "gold": "1"} for i, (q, a) in enumerate(made)]
     pairs = [{"prompt": q, "chosen": a, "rejected": "#### 7"} for q, a in made]
     for path, content in ((TRAIN, rows), (PAIRS, pairs), (VALID, rows[:1])):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,14 +56,6 @@ def test_an_exported_policy_answers_alike_in_plain_transformers(small_run: Proje
     facts = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     assert (facts["unmerged"]["questions"], facts["unmerged"]["changed_answers"]) == (50, 0), shown
     assert facts["unmerged"]["largest_logit_difference"] < 1e-3
-    details = json.loads((small_run.root / "metrics/platinum_details/dpo.json").read_text(encoding="utf-8"))
-    assert facts["result"]["accuracy"] == details["accuracy"]
-    compared = json.loads((small_run.root / "metrics/comparison.json").read_text(encoding="utf-8"))[
-        "sft_to_dpo"
-    ]
-    (sft,) = (one for one in facts["comparisons"] if one["with"] == "SFT")
-    assert all(sft[key] == compared[key] for key in ("difference", "difference_low", "p", "gained", "lost"))
-
     rows = rows_of(small_run.root / "data/platinum_eval/dpo.jsonl")[:5]
     (tmp_path / "questions.json").write_text(json.dumps([row["question"] for row in rows]), encoding="utf-8")
     done = subprocess.run(

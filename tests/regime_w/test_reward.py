@@ -44,16 +44,3 @@ def test_reward(
     assert reward_parts(correct, s_wm, mean_wm, mean_end, tokens, terms).total == pytest.approx(
         expected, abs=1e-12
     )
-
-
-def test_classical_formula_cannot_rank_two_correct_trajectories() -> None:
-    """The reason this project exists: at kappa 0 two correct trajectories of one question always tie."""
-    classical = params(kappa=0.0)
-    assert (
-        reward_parts(True, 0.9, 0.5, 0.5, 10, classical).total
-        == reward_parts(True, 0.1, 0.5, 0.5, 10, classical).total
-    )
-    assert (
-        reward_parts(True, 0.9, 0.5, 0.5, 10, params()).total
-        > reward_parts(True, 0.1, 0.5, 0.5, 10, params()).total
-    )

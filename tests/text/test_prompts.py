@@ -55,13 +55,6 @@ def test_plain_prompt_begins_with_the_start_token_once() -> None:
     assert text_of(prompt_ids(Characters(bos=None), PLAIN, "Why?", "short")) == "Why? "
 
 
-def test_style_is_chosen_by_name() -> None:
-    """The default one when not given; an unknown one is an error, not the default."""
-    assert prompt_text(PLAIN, "Why?") == prompt_text(PLAIN, "Why?", "plain")
-    with pytest.raises(KeyError):
-        prompt_text(PLAIN, "Why?", "long")
-
-
 @pytest.mark.parametrize("question", ["{question}", "{solution} {x}", "100 % {}", "\\1 \\g<0>", "%s"])
 def test_question_is_put_in_as_it_stands(question: str) -> None:
     """Braces and backslashes in a question are text."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from stages.run.errors import UserError
 from stages.text.answers import read_answer
 from stages.tools import ask
-from tests.policy import SMALL, greedy, make_project
+from tests.policy import greedy, make_project
 
-REPO = Path(__file__).resolve().parents[2]
 QUESTION = "Ann has 3 bags of 4 apples. How many?"
 
 
@@ -104,23 +101,3 @@ def test_mistakes(workplace: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             asked(question, **options)
-
-
-def test_missing_checkpoint_is_said_without_loading_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; from stages.tools import ask\n"
-        "try: ask.main('How many?')\n"
-        "except Exception as error: print(error)\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    for name in ("params.yaml", "profiles/small.yaml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((SMALL / name).read_text())
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith("checkpoints/base: is missing; run `dvc repro`")

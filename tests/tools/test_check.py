@@ -64,7 +64,7 @@ def refusal() -> tuple[str, str]:
 def test_prompts_of_every_stage_that_builds_one(workplace: Path) -> None:
     """SFT's prompt and completion, a rollout prompt per style, DPO's and evaluate's; nothing is written."""
     (workplace / "data" / "gsm8k").mkdir(parents=True)
-    row = {"id": "train-00000", "question": "Why [bold]?", "answer": "<<1+1=2>>\n#### 2", "gold": "2"}
+    row = {"id": "train-00000", "question": "Why [bold]?", "solution": "<<1+1=2>>\n#### 2", "gold": "2"}
     (workplace / "data" / "gsm8k" / "train.jsonl").write_text(json.dumps(row) + "\n")
     before = sorted(workplace.rglob("*"))
     text = output()
@@ -114,14 +114,15 @@ def test_scorer_that_cannot_be_used(workplace: Path, source: str | None, words: 
     assert refusal()[0].startswith("regime_w.scorer scorer.py: " + words)
 
 
-@pytest.mark.parametrize(
-    "source",
-    ["from mine import score_group\n", "from mine import f as score_group\n", "score_group = print\n"],
-)
-def test_scorer_is_read_not_run(workplace: Path, source: str) -> None:
+def test_scorer_is_read_not_run(workplace: Path) -> None:
     """A private scorer may import what is not here."""
-    (workplace / "scorer.py").write_text(source + "raise SystemExit\n")
-    assert "OK" in output()
+    for source in (
+        "from mine import score_group\n",
+        "from mine import f as score_group\n",
+        "score_group = print\n",
+    ):
+        (workplace / "scorer.py").write_text(source + "raise SystemExit\n")
+        assert "OK" in output()
 
 
 def test_model_directory(workplace: Path) -> None:
@@ -134,12 +135,6 @@ def test_model_directory(workplace: Path) -> None:
     (workplace / "mine" / "config.json").write_text("{}")
     text = output()
     assert "model.path mine" in text and "mine/config.json: says no hidden_size" in text
-
-
-def test_wrong_parameter_stops_at_once(workplace: Path) -> None:
-    """The message of load_params, unchanged."""
-    change(workplace, "beta: 0.1", "beta: no")
-    assert refusal()[0].startswith("profiles/small.yaml:")
 
 
 def test_chat_before_base_ran(workplace: Path) -> None:
@@ -294,15 +289,6 @@ def test_advice_for_what_does_not_fit(workplace: Path) -> None:
     change(workplace, "gradient_checkpointing: false", "gradient_checkpointing: auto")
     change(workplace, "max_tokens: 8192", "max_tokens: 99999")
     assert fits(40)["sft"][2] == "no: lower sft.max_tokens"
-
-
-def test_several_devices(workplace: Path) -> None:
-    """What each takes and how often, so that the global batch stays."""
-    use_abel(workplace, processes="4")
-    table = fits(80)
-    assert table["sft"][1] == "4 rows x 4 processes = 16"
-    change(workplace, "per_device_batch: auto", "per_device_batch: 2")
-    assert fits(80)["dpo"][1] == "2 pairs x 4 processes x 2 passes = 16"
 
 
 def room(*, gpus: int = 0) -> dict[str, float]:

@@ -15,7 +15,6 @@ import pytest
 from stages import coherence, preference
 from stages.regime_w import signals
 from stages.regime_w.scorer import QUESTION_FIELDS
-from stages.run.errors import UserError
 from stages.run.files import read_jsonl, write_jsonl
 from stages.run.params import load_params
 from stages.run.paths import SCORED
@@ -184,21 +183,6 @@ def test_file_from_elsewhere(workplace: Path) -> None:
     assert "s_wm low" in text and "s_wm high" in text and "tokens many" in text
     write_jsonl(Path("raw.jsonl"), [{**record, "trajectories": []}])
     assert "0 of 0 right" in output("x", rollouts=Path("raw.jsonl"))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"gold": "many"}, "its gold 'many' is no number"),
-        ({"trajectories": [{"text": 3}]}, "trajectory 0 needs a field 'text'"),
-    ],
-)
-def test_bad_fields(workplace: Path, change: dict[str, Any], said: str) -> None:
-    """One line with file, question and field."""
-    write_jsonl(Path("bad.jsonl"), [{**question("ann", TEXTS, 5), **change}])
-    with pytest.raises(UserError) as error:
-        picture("ann", Path("bad.jsonl"))
-    assert str(error.value).startswith("bad.jsonl: question 'ann'") and said in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 from stages.run.errors import UserError
-from stages.stats.one import summarise, wilson
+from stages.stats.one import summarise
 from stages.tools import grade
 from stages.tools.grade import FieldNames
 from tests.tools.screen import printed, words
 
 REPO = Path(__file__).resolve().parents[2]
-PUBLISHED = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
-MODELS = {"6b_finetuning": 286, "6b_verification": 515, "175b_finetuning": 458, "175b_verification": 742}
 
 
 def write(path: Path, records: list[Any]) -> str:
@@ -40,22 +38,6 @@ def shown(*files: str, **options: Any) -> str:
 
 
 # --- verdicts
-
-
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the shared GSM8K files are not on this machine")
-@pytest.mark.parametrize(("model", "right"), MODELS.items())
-def test_every_published_verdict(
-    model: str, right: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """OpenAI's own verdicts on 1,319 solutions by each of four models."""
-    out = tmp_path / "graded.jsonl"
-    fields = FieldNames(f"{model}.solution", "ground_truth")
-    metrics = metrics_of(capsys, str(PUBLISHED), fields=fields, out=out)
-    graded = rows_of(out)
-    assert len(graded) == metrics["questions"] == 1319
-    assert [row["correct"] for row in graded] == [row[model]["is_correct"] for row in graded]
-    assert metrics["accuracy"] == right / 1319
-    assert (metrics["accuracy_low"], metrics["accuracy_high"]) == wilson(right, 1319)
 
 
 LM_EVAL = {
@@ -113,20 +95,6 @@ def test_the_question_tells_a_repeated_prompt_from_the_answer() -> None:
 # --- the graded log
 
 
-def test_own_evaluation_is_reproduced_byte_for_byte(tmp_path: Path) -> None:
-    """The rows of data/platinum_eval, samples and all, come out as they went in."""
-    sample = {"completion": "#### 3", "answer": "3", "correct": False, "tokens": 2, "finish": "stop"}
-    row = {
-        "id": "platinum-0", "question": "½ of 4?", "gold": "2", "completion": "2\n#### 2", "answer": "2",
-        "correct": True, "flexible_answer": "2", "flexible_correct": True, "tokens": 5, "finish": "length",
-        "leak": False, "answers_found": 1, "samples": [sample, {**sample, "completion": "no", "answer": None}],
-    }  # fmt: skip
-    log, out = tmp_path / "log.jsonl", tmp_path / "out.jsonl"
-    log.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    shown(str(log), out=out)
-    assert out.read_bytes() == log.read_bytes()
-
-
 def test_what_a_verdict_replaces_is_kept(tmp_path: Path) -> None:
     """`answer` is the gold's text in many files; grading twice changes nothing."""
     record = {"question": "?", "answer": "2+2\n#### 4", "correct": "yes", "completion": ["#### 5"], "x": 1}
@@ -167,15 +135,11 @@ def made_log(count: int) -> list[dict[str, Any]]:
 
 
 def test_metrics_are_those_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """To the last bit; and a bad line at the end is named by its number."""
+    """To the last bit."""
     log, out = write(tmp_path / "log.jsonl", made_log(1000)), tmp_path / "out.jsonl"
     metrics = metrics_of(capsys, log, out=out)
     wanted = summarise(rows_of(out), 0)
     assert {name: metrics[name] for name in wanted} == wanted
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write("{}\n")
-    with pytest.raises(UserError, match=r"log\.jsonl:1001: field 'completion' is missing"):
-        metrics_of(capsys, log)
 
 
 def test_several_files_are_the_parts_of_one_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

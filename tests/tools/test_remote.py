@@ -58,15 +58,6 @@ def refused(name: str | None = None) -> str:
     return str(raised.value)
 
 
-def test_all_in_order(project: Path) -> None:
-    """A folder that is allowed; nothing has run, so there are no objects; and the probe is gone."""
-    text = check()
-    assert "no  " not in text
-    assert "OK   a probe written, read back, compared and deleted" in text
-    assert "dvc.lock names no objects yet" in text
-    assert [path for path in (project.parent / "store").rglob("*") if path.is_file()] == []
-
-
 def test_which_remote(project: Path) -> None:
     """None, one, several, a default, a wrong name, and a folder without DVC."""
     local = Path(".dvc/config.local")

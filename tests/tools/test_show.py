@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -36,16 +34,6 @@ def test_strings_are_printed_as_they_are() -> None:
     lines = [line.strip() for line in stream.getvalue().splitlines()]
     assert lines[1].split() == ["[bold]name", "size"] and lines[3] == "[/] :smile: x[0]      7"
     assert lines[-1] == "[/] in [bold]x[0]"
-
-
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    @dataclass
-    class Link:
-        path: Path
-
-    show.print_json({"links": [Link(Path("a/b"))], "é": None})
-    text = capsys.readouterr().out
-    assert json.loads(text) == {"links": [{"path": "a/b"}], "é": None} and "é" in text
 
 
 def test_an_unknown_id_names_the_nearest(tmp_path: Path) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from stages import coherence
-from stages.regime_w import signals
 from stages.run.errors import UserError
-from stages.run.files import read_json, write_jsonl
+from stages.run.files import write_jsonl
 from stages.tools import suspects
 from tests.tools.screen import printed, words
 
@@ -105,25 +103,6 @@ def test_planted(file: Path) -> None:
     assert table == list(zip(values, "332211111", "221111100", strict=True))
     assert re.search(r"^ +> 0\.6 +1 of 4 \(25\.0%\) +1 of 10 \(10\.0%\)", text, re.MULTILINE)
     assert "p0  suspicion 1.000  gold 5, instead 10  planted" in text
-
-
-def test_on_what_the_stage_writes(file: Path) -> None:
-    """Scored by the coherence stage: the same count as in its metrics, the same answer, and all who agree."""
-    params = Path("params.yaml")
-    params.write_text(params.read_text().replace("scorer: scorer.py", f"scorer: {signals.__file__}"))
-    groups = {"bad": [RIGHT, RIGHT, OTHER_WAY, WRONG], "odd": [RIGHT, OTHER_WAY, UNSOUND, UNSOUND]}
-    groups |= {"worse": [RIGHT, RIGHT, RIGHT, "#### 7"], "good": [WRONG] * 4}
-    rows = [question(name, texts, 0.0) for name, texts in groups.items()]
-    write_jsonl(Path("in.jsonl"), [row | {"planted": row["id"] == "worse"} for row in rows])
-    coherence.main(Path("in.jsonl"), Path("out.jsonl"), Path("m.json"), Path("plots"), cores=1)
-    counts = read_json(Path("m.json"))["suspects"]
-    assert (counts["questions"], counts["planted"], counts["found"]) == (1, 1, 1)
-    assert listed(Path("out.jsonl")) == ["worse"]
-    text = words(printed(suspects.main, Path("out.jsonl"), threshold=0.0))
-    assert "worse suspicion 0.750 gold 5, instead 10 planted" in text
-    assert "3 of 4 agree soundly on 10; 0 give 5" in text
-    assert "bad suspicion 0.250" in text and "2 of 4 agree soundly on 10; 1 gives 5" in text
-    assert listed(Path("out.jsonl"), threshold=0.0) == ["worse", "bad"]
 
 
 @pytest.mark.parametrize(

@@ -176,18 +176,6 @@ def test_what_a_person_sees(run: Path, width: int) -> None:
     assert "training question, gold 0" in text and "explain q1` shows its trajectories" in text
 
 
-def test_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trace.main("p1", as_json=True)
-    picture = json.loads(capsys.readouterr().out)
-    assert picture["completions"].keys() == {"base", "sft", "dpo"} and picture["broken"] == []
-    assert {step["stage"] for step in picture["steps"]} == set(MADE_BY)
-    (adapter,) = (
-        link for step in picture["steps"] for link in step["links"]
-        if (link["stage"], link["path"]) == ("dpo", "checkpoints/dpo_coherence_lora/adapter_model.safetensors")
-    )  # fmt: skip
-    assert (adapter["recorded"], adapter["state"]) == (hashlib.sha256(b"dpo").hexdigest(), AS_RECORDED)
-
-
 def change_lock(stage: str, kind: str, path: str) -> None:
     """Another sum of one path in one entry of dvc.lock."""
     lock = json.loads(Path("dvc.lock").read_text())

@@ -58,12 +58,12 @@ DPO = Dpo(
 )  # fmt: skip
 TWO_ROWS = Rows(micro_batch=2, accumulation=2, checkpointing=False)
 PROBLEMS = [
-    {"question": f"Ann has {a} pens and gets {b}. How many?", "answer": f"{a}+{b}={a + b}.\n#### {a + b}"}
+    {"question": f"Ann has {a} pens and gets {b}. How many?", "solution": f"{a}+{b}={a + b}.\n#### {a + b}"}
     for a, b in [(1, 3), (2, 2), (3, 1), (1, 4), (2, 3), (3, 2), (4, 1), (5, 5)]
 ]
-TOO_LONG = {"question": "Why? " * 100, "answer": "#### 1"}
+TOO_LONG = {"question": "Why? " * 100, "solution": "#### 1"}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-TEXTS = [f"{row['question']} {row['answer']} Question: Answer: Short answer:" for row in PROBLEMS]
+TEXTS = [f"{row['question']} {row['solution']} Question: Answer: Short answer:" for row in PROBLEMS]
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -118,7 +118,7 @@ def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     for path, rows in {
         TRAIN: [*PROBLEMS, TOO_LONG],
         PAIRS: [
-            {"prompt": row["question"], "chosen": row["answer"], "rejected": "#### 7", "rejected_finish": end}
+            {"prompt": row["question"], "chosen": row["solution"], "rejected": "#### 7", "rejected_finish": end}
             for row, end in zip(PROBLEMS, ["stop", "length"] * 4, strict=True)
         ],
     }.items():  # fmt: skip
@@ -208,7 +208,7 @@ def test_an_sft_row_is_prompt_solution_and_end_token(make: Any, project: SimpleN
         styles |= {style for style, prompt in asked.items() if prompt == ids[:border]}
         assert border > 5
         assert row["labels"] == [-100] * border + ids[border:]
-        assert tokenizer.decode(ids[border:-1]) == problem["answer"]
+        assert tokenizer.decode(ids[border:-1]) == problem["solution"]
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert styles == set(SFT.styles)
 
