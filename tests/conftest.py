@@ -20,12 +20,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def kills(request: pytest.FixtureRequest) -> int:
-    """How often each stage is to be killed."""
-    return int(request.config.getoption("--kills"))
-
-
-@pytest.fixture(scope="session")
 def ends_soon() -> Callable[[Callable[[], object]], bool]:
     """Whether a call ends within 30 seconds of processor time, however busy the machine is.
 

@@ -13,15 +13,9 @@ from stages import coherence
 from stages.regime_w import scorer
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl
+from tests.regime_w.worked_example import QUESTION, TEXTS
 
 REPO = Path(__file__).resolve().parents[1]
-QUESTION = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
-TEXTS = [
-    "<<3*4=12>>12 <<12-2=10>>10\n#### 10",
-    "<<4*3=12>>12 <<12-2=10>>10\n#### 10",
-    "<<4+4+4=12>>12 <<12-2=10>>10\n#### 10",
-    "<<3+4=7>>7 <<7-2=5>>5\n#### 5",
-]
 OUT, METRICS, PLOTS = Path("data/out.jsonl"), Path("metrics/regime_w.json"), Path("metrics/plots/regime_w")
 
 

@@ -6,11 +6,10 @@ bench/signals.py uses. The stages run once for all tests.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
-import os
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +38,9 @@ class Made:
 
 def bench(name: str) -> ModuleType:
     """bench/NAME.py as a module; its neighbours are importable while it loads, as when it is run."""
-    folder = str(REPO / "bench")
-    sys.path.insert(0, folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPO / "bench")
         return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     place = tmp_path_factory.mktemp("real")
     shutil.copytree(REPO / "tests" / "small", place, dirs_exist_ok=True)
     (place / "scorer.py").symlink_to(REPO / "stages" / "regime_w" / "signals.py")
-    before = Path.cwd()
-    os.chdir(place)
-    try:
+    with contextlib.chdir(place):
         rollouts, scored, pairs = Path("rollouts.jsonl"), Path("scored.jsonl"), Path("pairs.jsonl")
         write_jsonl(rollouts, bench("common").groups_of_four(REAL))
         coherence.main(rollouts, scored, Path("regime_w.json"), Path("plots"), 1)
@@ -65,8 +59,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             read_json(Path("regime_w.json")),
             read_json(Path("preference.json")),
         )
-    finally:
-        os.chdir(before)
 
 
 def test_equations_read_and_skipped(made: Made) -> None:

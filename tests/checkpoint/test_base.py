@@ -294,17 +294,6 @@ def test_a_damaged_cache_is_mended(hub: Hub, abel: Path, capsys: pytest.CaptureF
     assert f"{SHARDS[0]} in the hub's cache is damaged; it is downloaded anew" in capsys.readouterr().err
 
 
-def test_the_same_file_of_another_revision_is_not_downloaded_again(hub: Hub, abel: Path) -> None:
-    base.main()
-    before, hub.revision = hub.served.copy(), "a" * 40
-    path = Path("profiles/abel-7b.yaml")
-    path.write_text(path.read_text(encoding="utf-8").replace(REVISION, hub.revision), encoding="utf-8")
-    hub.files["config.json"] += b" "
-    base.main()
-    assert_converted(abel)
-    assert {name for name in hub.served if hub.served[name] > before[name] and name} == {"config.json"}
-
-
 @pytest.mark.parametrize(
     ("settings", "token", "message"),
     [
@@ -330,6 +319,11 @@ def test_what_the_hub_refuses_is_said(
     line = refused(message)
     assert TOKEN not in line
     assert not [name for name in hub.served if name.endswith(".bin")]
+
+
+def test_no_hub_at_that_address(hub: Hub) -> None:
+    hub.close()
+    refused("127.0.0.1 cannot be reached (")
 
 
 def test_something_else_at_that_address(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,18 +235,6 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> 
         model.eval()
 
 
-def test_request_seeds_differ_by_run_question_and_arm() -> None:
-    seeds = {
-        request_seed(seed, "rollout", f"train-{q}", str(arm))
-        for seed in (1, 2)
-        for q in range(50)
-        for arm in range(8)
-    }
-    assert len(seeds) == 2 * 50 * 8
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert request_seed(17, "rollout", "train-00003", "1") == request_seed(17, "rollout", "train-00003", "1")
-
-
 @pytest.mark.parametrize("most", [1, 5])
 def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Every request is completed as in a batch that fits, and later batches start at a size that fits."""

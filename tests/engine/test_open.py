@@ -24,25 +24,15 @@ def hardware(**values: Any) -> Hardware:
     return load_params(SMALL).hardware.model_copy(update=values)
 
 
-@pytest.mark.parametrize("failure", ["memory", "vllm"])
-def test_an_engine_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+def test_an_engine_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process reports it to the user. A worker raises EngineStartError, so that the others can go on."""
     monkeypatch.delenv("LOOPER_LAUNCHER", raising=False)
-    if failure == "memory":
-        wanted = "the model does not fit into memory; `python -m stages check` says how much it needs"
+    wanted = "the model does not fit into memory; `python -m stages check` says how much it needs"
 
-        def start(_: Any) -> Any:
-            raise torch.OutOfMemoryError("simulated")
+    def start(_: Any) -> Any:
+        raise torch.OutOfMemoryError("simulated")
 
-        monkeypatch.setattr(load, "load_policy", start)
-    else:
-        wanted = "vLLM did not start (no free memory); see to that"
-
-        def start(_: Any) -> Any:
-            raise EngineStartError("vLLM did not start (no free memory); see to that")
-
-        monkeypatch.setattr(load, "engine_kind", lambda _: "vllm")
-        monkeypatch.setattr(load, "VllmEngine", start)
+    monkeypatch.setattr(load, "load_policy", start)
     small = hardware(engine="transformers", processes=1)
     with pytest.raises(EngineStartError, match=re.escape(wanted)):
         load.load_engine(None, small)

@@ -22,10 +22,12 @@ from trl import DPOConfig, SFTConfig
 from stages.engine.load import engine_around
 from stages.policy.adapter import adapter_weights
 from stages.policy.request import Completion, Request, request_seed
-from stages.run.params import Dpo, Hardware, Lora, Sft
+from stages.run.params import load_params
 from stages.sft import RowTrainer
 from stages.train.pair_trainer import PairTrainer
 from stages.train.trainer import Rows, trainer_arguments
+from tests.policy import SMALL
+from tests.policy import complete as complete_all
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,20 +35,11 @@ pytestmark = [
 ]
 VOCABULARY, PAD, START, END = 512, 0, 1, 2
 DEVICE = "cuda"
-TRAINING: dict[str, Any] = {
-    "epochs": 1, "batch": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0, "max_tokens": 80, "checkpoint_steps": 100,
-}  # fmt: skip
-SFT = Sft(examples=None, styles=["plain"], lora=Lora(r=8, alpha=16, dropout=0.05), **TRAINING)
-DPO = Dpo(
-    beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0], select_steps=100, select_questions=1,
-    select_samples=0, select_max_new_tokens=8, **TRAINING,
-)  # fmt: skip
-
-
-HARDWARE = Hardware(
-    threads=None, processes=1, engine="transformers", generation_batch=16, per_device_batch=2,
-    gradient_checkpointing=True,
-)  # fmt: skip
+TRAINING = {"batch": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0, "max_tokens": 80, "checkpoint_steps": 100}
+PARAMS = load_params(SMALL)
+SFT = PARAMS.sft.model_copy(update={**TRAINING, "examples": None})
+DPO = PARAMS.dpo.model_copy(update={**TRAINING, "select_steps": 100})
+HARDWARE = PARAMS.hardware.model_copy(update={"engine": "transformers", "generation_batch": 16})
 
 
 @pytest.fixture
@@ -100,9 +93,7 @@ def requests() -> list[Request]:
 
 def complete(policy: Any, tokenizer: Any, done: frozenset[str] = frozenset()) -> dict[str, Completion]:
     """The completions of the requests, by id."""
-    found = list(engine_around(policy, tokenizer, HARDWARE).generate(requests(), done))
-    assert len({one.id for one in found}) == len(found)
-    return {one.id: one for one in found}
+    return complete_all(engine_around(policy, tokenizer, HARDWARE), requests(), done)
 
 
 def test_every_request_is_completed_once_within_its_limits(policy: Any, tokenizer: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +23,10 @@ from stages.launch import memory
 from stages.launch.memory import GIB, Device, Need, Shape, generation_need, training_need
 from stages.policy.request import Request
 from stages.run.errors import UserError
-from stages.run.params import Dpo, Hardware, Lora, Sft
+from stages.run.params import Dpo, Lora, Sft, load_params
 from stages.sft import RowTrainer
 from stages.train.pair_trainer import PairTrainer
+from tests.policy import SMALL
 
 # hidden, layers, heads, kv heads, ffn, vocab, LoRA rank, rows, tokens
 SHAPES = [
@@ -35,10 +35,8 @@ SHAPES = [
     (256, 3, 4, 4, 512, 2000, 8, 2, 120),
 ]
 PRECISIONS = [torch.float32, torch.bfloat16]
-HARDWARE = Hardware(
-    threads=1, processes=1, engine="auto", generation_batch="auto", per_device_batch="auto",
-    gradient_checkpointing=True,
-)  # fmt: skip
+AUTO = {"generation_batch": "auto", "per_device_batch": "auto", "gradient_checkpointing": True}
+HARDWARE = load_params(SMALL).hardware.model_copy(update=AUTO)
 # GAIR/Abel-7B-002's config.
 ABEL = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -75,19 +73,13 @@ class Peak(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def sft_spec(tokens: int, rank: int, dropout: float = 0.0) -> Sft:
-    return Sft(
-        examples=None, styles=["plain"], epochs=1, batch=64, learning_rate=1e-2, warmup_ratio=0.0,
-        max_tokens=tokens, checkpoint_steps=100, lora=Lora(r=rank, alpha=8, dropout=dropout),
-    )  # fmt: skip
+def sft_spec(tokens: int, rank: int) -> Sft:
+    changed = {"batch": 64, "max_tokens": tokens, "lora": Lora(r=rank, alpha=8, dropout=0.0)}
+    return load_params(SMALL).sft.model_copy(update=changed)
 
 
 def dpo_spec(tokens: int) -> Dpo:
-    return Dpo(
-        beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0], epochs=1, batch=64, learning_rate=1e-2,
-        warmup_ratio=0.0, max_tokens=tokens, checkpoint_steps=100, select_steps=100, select_questions=1,
-        select_samples=0, select_max_new_tokens=8,
-    )  # fmt: skip
+    return load_params(SMALL).dpo.model_copy(update={"batch": 64, "max_tokens": tokens})
 
 
 def make_model(sizes: tuple[int, ...], dtype: torch.dtype, rank: int, dropout: float = 0.0) -> Any:
@@ -256,7 +248,7 @@ def test_auto_takes_eight_sequences_and_keeps_activations_where_they_fit() -> No
 
 
 def test_rows_for_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More memory or shorter rows allow more rows. With numbers in the profile the model is not looked at."""
+    """More memory or shorter rows allow more rows. Numbers in the profile are taken as they are."""
     model, spec = make_model(SHAPES[0], torch.float32, 4), sft_spec(100, 4)
     found = []
     monkeypatch.setattr(memory, "HEAD_TOKENS", 64)
@@ -265,8 +257,8 @@ def test_rows_for_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append(memory.training_rows(model, spec, HARDWARE, longest, 1, None)[0])
     assert found[0] == 1 < found[1] < found[2] <= found[3] == memory.SEQUENCES
     given = HARDWARE.model_copy(update={"per_device_batch": 7, "generation_batch": 9})
-    assert memory.training_rows(None, spec, given, 100, 1, None) == (7, True)
-    assert memory.training_rows(None, spec, given, 100, 1, 3) == (3, True)
+    assert memory.training_rows(model, spec, given, 100, 1, None) == (7, True)
+    assert memory.training_rows(model, spec, given, 100, 1, 3) == (3, True)
     assert memory.generation_batch(model, given, 10, 10) == 9
 
 
@@ -289,8 +281,3 @@ def test_a_config_of_another_kind() -> None:
     """For a model that cannot be estimated, the message says which values to set instead."""
     with pytest.raises(UserError, match=r"x/config\.json: says no num_hidden_layers.*per_device_batch"):
         memory.shape_of_config({"hidden_size": 8, "num_attention_heads": 2}, "x/config.json")
-    model = SimpleNamespace(
-        config=SimpleNamespace(to_dict=lambda: {}), parameters=lambda: iter([torch.ones(1)])
-    )
-    with pytest.raises(UserError, match="the base model's config: says no hidden_size"):
-        memory._shape(model)

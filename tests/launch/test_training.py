@@ -20,7 +20,6 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
-from transformers import MistralConfig, MistralForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 from stages import sft
@@ -34,8 +33,8 @@ from stages.run.paths import BASE, DPO_ADAPTER, PAIRS, SFT_ADAPTER, TRAIN, VALID
 from stages.run.stage import StageRun
 from stages.tiny.model import build_tokenizer, corpus
 from stages.tiny.problems import problems
+from tests.policy import SMALL, random_base
 
-SMALL = Path(__file__).resolve().parents[1] / "small"
 STEPS = 6
 CHANGES = {
     "batch: 16\n  learning_rate: 5e-4": "batch: 8\n  learning_rate: 1e-2",  # sft
@@ -63,13 +62,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = load_params().model
     assert isinstance(model, BuiltModel)
     tokenizer = build_tokenizer(model, corpus(model))
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, sliding_window=None, initializer_range=0.2,
+    random_base(
+        0, vocab_size=len(tokenizer), hidden_size=32, initializer_range=0.2,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(BASE)
+    ).save_pretrained(BASE)  # fmt: skip
     tokenizer.save_pretrained(BASE)
     made = [(one.question, one.answer) for one in islice(problems("train", 1), 8 * STEPS)]
     rows = [{"id": str(i), "question": q, "solution": a, "gold": "1"} for i, (q, a) in enumerate(made)]

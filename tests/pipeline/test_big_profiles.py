@@ -8,7 +8,6 @@ precision and adapter are the profile's own. Only sizes and data differ.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from ruamel.yaml import YAML
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from stages.run.files import read_json, read_jsonl, write_jsonl
 from stages.text.answers import read_answer
 from tests.model_files import R1_TEMPLATE, abel_files, problems, r1_files
 
@@ -54,10 +54,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def into_hub_cache(files: Path, cache: Path, identity: str, revision: str) -> None:
     """Place the files as huggingface_hub does: blobs by hash, links to them in the revision's snapshot."""
     repository = cache / "hub" / f"models--{identity.replace('/', '--')}"
@@ -84,13 +80,12 @@ def fresh_copy(project: Project, folder: Path) -> Project:
 
 def run_profile(
     project: Project, profile: str, build: Callable[[Path, dict[str, str]], None]
-) -> dict[str, str]:
-    """Put the model where a download would be and run the whole pipeline; returns the environment."""
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Put the model where a download would be and run the whole pipeline; returns environment and profile."""
     files = project.root.parent / "files"
     files.mkdir()
-    values = YAML(typ="safe", pure=True).load(
-        (project.root / f"profiles/{profile}.yaml").read_text(encoding="utf-8")
-    )
+    path = project.root / f"profiles/{profile}.yaml"
+    values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     build(files, values["prompt"]["styles"])
     into_hub_cache(files, project.root.parent / "cache", values["model"]["id"], values["model"]["revision"])
     rows = problems()
@@ -100,15 +95,15 @@ def run_profile(
     project.update(f"profiles/{profile}.yaml", SMALL)
     offline = {"HF_HOME": str(project.root.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     print(project.run("dvc", "repro", **offline).stderr)
-    return offline
+    return offline, YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
 def read(project: Project, name: str) -> Any:
-    return json.loads((project.root / name).read_text(encoding="utf-8"))
+    return read_json(project.root / name)
 
 
 def read_rows(project: Project, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (project.root / name).read_text(encoding="utf-8").splitlines()]
+    return list(read_jsonl(project.root / name))
 
 
 def read_curve(project: Project, name: str) -> list[dict[str, float]]:
@@ -147,18 +142,14 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
     for name in ("sft_lora", "dpo_coherence_lora"):
         config = read(project, f"checkpoints/{name}/adapter_config.json")
         lora = profile["sft"]["lora"]
-        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (
-            lora["r"],
-            lora["alpha"],
-            lora["dropout"],
-        )
+        assert [config[key] for key in ("r", "lora_alpha", "lora_dropout")] == list(lora.values())
         linear = {name.rpartition(".")[2] for name in config["target_modules"]}
         assert len(linear) == 7, "four of attention and three of the MLP"
         files = {file.name for file in (project.root / "checkpoints" / name).iterdir()}
         assert files == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
-    sft, dpo = read_curve(project, "sft"), read_curve(project, "dpo")
-    assert all(row["grad_norm"] > 0 for row in sft[1:])
-    assert sft[-1]["loss"] < 0.7 * sft[0]["loss"]
+    learned, dpo = read_curve(project, "sft"), read_curve(project, "dpo")
+    assert all(row["grad_norm"] > 0 for row in learned[1:])
+    assert learned[-1]["loss"] < 0.7 * learned[0]["loss"]
     assert dpo[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "policy and reference are the same at first"
     assert all(row["grad_norm"] > 0 for row in dpo)
     assert read_curve(project, "dpo_selection")[0]["step"] == 0
@@ -185,42 +176,31 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
         for row in rows:
             assert row["answer"] == read_answer(row["completion"], row["question"]).answer
             assert len(row["samples"]) == 2
-        metrics = read(project, f"metrics/platinum/{policy}.json")
-        assert metrics["accuracy"] == sum(row["correct"] for row in rows) / len(rows)
-    assert (
-        read(project, "metrics/platinum/sft.json")["accuracy"]
-        > read(project, "metrics/platinum/base.json")["accuracy"]
-    )
+    base, sft = (read(project, f"metrics/platinum/{policy}.json") for policy in ("base", "sft"))
+    assert sft["accuracy"] > base["accuracy"]
     assert read(project, "metrics/headline.json")
     assert read(project, "metrics/comparison.json")
     assert "<html" in (project.root / "report.html").read_text(encoding="utf-8")
 
 
-def load_profile(project: Project, name: str) -> dict[str, Any]:
-    return YAML(typ="safe", pure=True).load(
-        (project.root / f"profiles/{name}.yaml").read_text(encoding="utf-8")
-    )
-
-
 def test_abel_runs_whole(small_project: Project, tmp_path: Path) -> None:
     """`abel-7b` on a small Mistral with Abel's files: pickle shards, sliding window, and pad equal to end."""
     project = fresh_copy(small_project, tmp_path)
-    offline = run_profile(project, "abel-7b", abel_files)
+    offline, profile = run_profile(project, "abel-7b", abel_files)
     tokenizer = assert_converted(project)
     assert tokenizer.convert_tokens_to_ids("<extra_31>") == len(tokenizer) - 1
     config = read(project, "checkpoints/base/config.json")
     assert config["sliding_window"] is None
     assert config["vocab_size"] > len(tokenizer)
-    assert_ran(project, offline, load_profile(project, "abel-7b"))
+    assert_ran(project, offline, profile)
 
 
 def test_r1_runs_whole(small_project: Project, tmp_path: Path) -> None:
     """`r1-distill-8b` on a small Llama with R1's tokens and chat template: it thinks, then answers."""
     project = fresh_copy(small_project, tmp_path)
-    offline = run_profile(project, "r1-distill-8b", r1_files)
+    offline, profile = run_profile(project, "r1-distill-8b", r1_files)
     tokenizer = assert_converted(project)
     assert tokenizer.chat_template == R1_TEMPLATE
-    profile = load_profile(project, "r1-distill-8b")
     assert_ran(project, offline, profile)
     # The template opened the thought; the completion must end it, and the answer is what stands after it.
     answered = [

@@ -189,16 +189,9 @@ def test_training_on_a_full_disk(small_run: Project, copy_run: Callable[[], Proj
         assert bytes_of(project, TRAINED) == wanted
 
 
-def test_outputs_that_cannot_be_written_are_found_before_the_work(
-    small_run: Project, copy_run: Callable[[], Project]
-) -> None:
-    """A file where a folder should be, and a read-only file system."""
+def test_outputs_that_cannot_be_written_are_found_before_the_work(copy_run: Callable[[], Project]) -> None:
+    """A read-only file system."""
     project = copy_run()
-    shutil.rmtree(project.root / "metrics/platinum")
-    (project.root / "metrics/platinum").write_text("")
-    done = project.stages("evaluate", "sft", check=False)
-    ended_in_one_line(done, "metrics/platinum/sft.json: cannot be written; check what ")
-    assert not list((project.root / ".work/evaluate@sft").glob("*/journal.jsonl"))
     with small_disk(project.root / "checkpoints", 32_768) as disk:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         ended_in_one_line(

@@ -347,11 +347,11 @@ def wait_for_moment(
 def series(
     request: pytest.FixtureRequest,
     copy_run: Callable[[], Project],
-    kills: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Future[Series]]]:
     """The killing of every case that pytest selected, two at a time."""
     logs = tmp_path_factory.mktemp("logs")
+    kills = request.config.getoption("--kills")
 
     def run(name: str, case: Case, project: Project) -> Series:
         changes = case.always | (case.longer if kills > FEW else {})
@@ -374,10 +374,10 @@ def series(
 
 @pytest.mark.parametrize("name", CASES)
 def test_killed_again_and_again_it_gives_the_same_bytes(
-    name: str, series: dict[str, Future[Series]], kills: int
+    name: str, series: dict[str, Future[Series]], pytestconfig: pytest.Config
 ) -> None:
     """Nothing is lost or made twice, every output is as undisturbed, and no temporary file is left."""
-    result = series[name].result()
+    result, kills = series[name].result(), pytestconfig.getoption("--kills")
     print(f"\n{name}: {len(result.kills)} kills, {result.rounds} rounds, {result.seconds:.0f} s")
     for why, reached in result.kills:
         print(f"  {why:40} {reached:,.0f}")

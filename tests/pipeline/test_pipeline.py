@@ -327,18 +327,6 @@ def test_a_mistake_is_one_line_and_stops_before_any_work(copy_run: Callable[[], 
 # ---- speed, network ----------------------------------------------------------------------------------
 
 
-def test_help_of_a_stage_without_a_model_comes_at_once(small_project: Project) -> None:
-    """It takes at most a second of processor time."""
-    code = (
-        "import resource, subprocess, sys\n"
-        "command = [sys.executable, '-m', 'stages', 'coherence', '--help']\n"
-        "subprocess.run(command, check=True, capture_output=True)\n"
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
-        "print(used.ru_utime + used.ru_stime)\n"
-    )
-    assert min(float(small_project.run("python", "-c", code).stdout) for _ in range(2)) < 1.0
-
-
 def test_a_stage_without_a_model_imports_no_heavy_library(copy_run: Callable[[], Project]) -> None:
     project = copy_run()
     for name in NO_MODEL:

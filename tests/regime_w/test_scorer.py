@@ -13,16 +13,10 @@ from stages.regime_w.scorer import QuestionScorer, load_scorer
 from stages.regime_w.tally import Tally
 from stages.run.errors import UserError
 from stages.run.params import load_params
+from tests.regime_w.worked_example import QUESTION, TEXTS
 
 REPO = Path(__file__).resolve().parents[2]
 SHIPPED = REPO / "stages" / "regime_w" / "signals.py"
-QUESTION = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
-TEXTS = [
-    "<<3*4=12>>12 <<12-2=10>>10\n#### 10",
-    "<<4*3=12>>12 <<12-2=10>>10\n#### 10",
-    "<<4+4+4=12>>12 <<12-2=10>>10\n#### 10",
-    "<<3+4=7>>7 <<7-2=5>>5\n#### 5",
-]
 
 
 def question(*texts: str, **more: Any) -> dict[str, Any]:
@@ -114,10 +108,6 @@ def test_a_copy_of_the_shipped_scorer_gives_the_same_numbers(tmp_path: Path) -> 
         (FLAT.format(value="float('nan')", size="k"), "question 'q1': s_end holds nan"),
         (FLAT.format(value=1.01, size="k"), "question 'q1': s_end holds 1.01"),
         (FLAT.format(value="'high'", size="k"), "question 'q1': s_end must be a list of numbers"),
-        (
-            "def score_group(question, trajectories):\n    return None\n",
-            "question 'q1': s_end must be a list",
-        ),
         ("x = 1\n", "has no function score_group"),
         ("import nothing_like_this\n", "cannot be loaded"),
         (None, r"regime_w\.scorer: .*own\.py is not a file"),

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 
 from stages.regime_w.signals import SIGNALS, GroupScore, analyse_group, judge, score_group
 from stages.text.answers import read_answer
-
-QUESTION = "Ann has 3 bags of 4 apples and eats 2. How many apples are left?"
-TEXTS = [
-    "<<3*4=12>>12 <<12-2=10>>10 #### 10",
-    "<<4*3=12>>12 <<12-2=10>>10 #### 10",
-    "<<4+4+4=12>>12 <<12-2=10>>10 #### 10",
-    "<<3+4=7>>7 <<7-2=5>>5 #### 5",
-]
+from tests.regime_w.worked_example import QUESTION, TEXTS
 
 
 def group(texts: list[str]) -> list[dict[str, str | None]]:

@@ -59,20 +59,13 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         list(read_jsonl(tmp_path / "no.jsonl"))
 
 
-def test_truth_values_are_read_where_wanted(tmp_path: Path) -> None:
-    """`correct` may be true, false or null."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"correct": true}\n{"correct": null}\n')
-    fields = {"correct": (bool, type(None))}
-    assert [row["correct"] for row in read_jsonl(path, fields)] == [True, None]
-
-
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
 @given(rows=st.lists(st.dictionaries(TEXT, JSON, max_size=3), max_size=4))
 def test_what_is_written_is_read_back(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     """One record a line, with any characters, and floats in full."""
     path = tmp_path / "a.jsonl"
-    assert write_jsonl(path, rows) == len(rows) == path.read_bytes().count(b"\n")
+    write_jsonl(path, rows)
+    assert path.read_bytes().count(b"\n") == len(rows)
     assert list(read_jsonl(path)) == rows
 
 
@@ -90,14 +83,6 @@ def test_the_old_file_survives_an_exception(tmp_path: Path, error: type[BaseExce
                 raise KeyboardInterrupt
     assert read_json(path) == {"old": 1}
     assert names(path.parent) == ["out.json"]
-
-
-def test_a_new_file_appears_at_the_end_only(tmp_path: Path) -> None:
-    path = tmp_path / "sub" / "out.jsonl"
-    with atomic_write(path) as file:
-        file.write("{}\n")
-        assert not path.exists()
-    assert path.read_text() == "{}\n"
 
 
 def test_a_folder_is_replaced_wholly_or_not_at_all(tmp_path: Path) -> None:

@@ -16,20 +16,7 @@ from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from stages.run.errors import UserError
 from stages.stats import one, paired
-
-
-def row(i: int, correct: bool, samples: list[bool] | None = None, **over: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "id": f"q{i}", "question": f"How many are {i}?", "gold": "1", "answer": str(int(correct)), "correct": correct,
-        "completion": f"It is {int(correct)} of {i}. #### {int(correct)}", "flexible_answer": str(int(correct)),
-        "flexible_correct": correct, "tokens": 10 + i % 7, "finish": "stop", "leak": False, "answers_found": 1,
-    }  # fmt: skip
-    if samples is not None:
-        made["samples"] = [
-            {"answer": "1" if good else f"{j + 2}", "correct": good} for j, good in enumerate(samples)
-        ]
-    return made | over
-
+from tests.stats.rows import policies, row
 
 # --- intervals
 
@@ -296,15 +283,6 @@ def test_health_warnings_are_loud_only_above_the_limits() -> None:
 
 
 # --- compare
-
-
-def policies(
-    gained: int, lost: int, both: int, neither: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    kinds = (
-        [(False, True)] * gained + [(True, False)] * lost + [(True, True)] * both + [(False, False)] * neither
-    )
-    return [row(i, a) for i, (a, _) in enumerate(kinds)], [row(i, b) for i, (_, b) in enumerate(kinds)]
 
 
 def test_compare_says_that_71_38_against_71_22_is_nothing() -> None:

@@ -15,7 +15,6 @@ QUESTION = "Janet has 16 eggs and eats 7. She sells each for $2. How much does s
         "9*2=18\n#### 18\n\nQuestion:\nTom has 5 pens.\nAnswer:\n#### 5",
         "9*2=18\n#### 18 Question: Tom has 5 pens. #### 5",
         "9*2=18\n#### 18\nAnswer:\nLet's think step by step. 3 #### 3",
-        "9*2=18. A: 18\n" + "Q: Tom has 5 pens.\nA: 5",
         "So \\boxed{18}.\n\n### Instruction: count\n\\boxed{4}",
         f"9*2=18\n#### 18\n\n{QUESTION}\n#### 9",
         f"Question:\n{QUESTION} Write it as #### 42.\nAnswer:\nLet's think step by step.\n9*2=18\n#### 18",
@@ -26,13 +25,7 @@ QUESTION = "Janet has 16 eggs and eats 7. She sells each for $2. How much does s
 )
 def test_answer_is_the_solutions_own_and_the_leak_is_said(completion: str) -> None:
     reading = read_answer(completion, QUESTION)
-    if completion.startswith(
-        "9*2=18. A:"
-    ):  # `A:` inside a line is no statement, and the next problem's is not ours
-        assert (reading.answer, reading.flexible_answer) == (None, "18")
-    else:
-        assert reading.answer == "18"
-    assert reading.leak
+    assert (reading.answer, reading.leak) == ("18", True)
 
 
 def test_prompt_form_without_the_question_known() -> None:
@@ -44,6 +37,9 @@ def test_next_problem_without_an_answer_before_it_gives_none() -> None:
     """The second problem's answer is not taken for the first one's."""
     reading = read_answer("I cannot say.\n\nQuestion:\nTom has 5 pens.\nAnswer:\n#### 5", QUESTION)
     assert (reading.answer, reading.flexible_answer, reading.leak) == (None, None, True)
+    # `A:` inside a line is no statement either.
+    reading = read_answer("9*2=18. A: 18\nQ: Tom has 5 pens.\nA: 5", QUESTION)
+    assert (reading.answer, reading.flexible_answer, reading.leak) == (None, "18", True)
 
 
 def test_text_after_an_end_token_is_cut() -> None:

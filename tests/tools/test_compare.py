@@ -12,18 +12,8 @@ import pytest
 from stages.run.errors import UserError
 from stages.stats import one, paired
 from stages.tools import compare
+from tests.stats.rows import policies, row
 from tests.tools.screen import printed
-
-
-def row(i: int, correct: bool, samples: list[bool] | None = None) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "id": f"q{i}",
-        "question": f"How many are {i}?",
-        "gold": "1",
-        "completion": f"long story. {'word ' * 300}#### {int(correct)}",
-        "correct": correct,
-    }
-    return made | ({"samples": [{"completion": "x", "correct": s} for s in samples]} if samples else {})
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -44,22 +34,12 @@ def facts(capsys: pytest.CaptureFixture[str], a: Path, b: Path, **options: Any) 
     return json.loads(capsys.readouterr().out)
 
 
-def changed(
-    gained: int, lost: int, both: int, neither: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    kinds = (
-        [(False, True)] * gained + [(True, False)] * lost + [(True, True)] * both + [(False, False)] * neither
-    )
-    rng = random.Random(1)
-    return (
-        [row(i, a, [rng.random() < 0.5 for _ in range(4)]) for i, (a, _) in enumerate(kinds)],
-        [row(i, b, [rng.random() < 0.6 for _ in range(4)]) for i, (_, b) in enumerate(kinds)],
-    )
-
-
 def test_statistics_are_those_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every number of the report's comparison, however the second log is ordered."""
-    a, b = changed(gained=7, lost=9, both=80, neither=34)
+    a, b = policies(gained=7, lost=9, both=80, neither=34)
+    rng = random.Random(1)
+    for record in (*a, *b):
+        record["samples"] = [{"correct": rng.random() < 0.5} for _ in range(4)]
     want = paired.compare(a, b, "sft", "dpo", seed=0)
     assert "mean_p" in want
     random.Random(3).shuffle(b)
@@ -72,10 +52,7 @@ def test_statistics_are_those_of_the_report(tmp_path: Path, capsys: pytest.Captu
 
 def test_what_is_printed(tmp_path: Path) -> None:
     """The result that was once reported as one, in 80 columns and in words."""
-    a, b = changed(gained=7, lost=9, both=854, neither=339)
-    for record in (*a, *b):
-        del record["samples"]
-    text = shown(*logs(tmp_path, a, b))
+    text = shown(*logs(tmp_path, *policies(gained=7, lost=9, both=854, neither=339)))
     for words in (
         "sft → dpo, 1,209 questions in both", "71.4 %", "71.2 %", "-0.2", "0.80", "68.8–73.9",
         "gained 7 (only dpo right), lost 9 (only sft right)", "identical completions: 1,193 of 1,209",
@@ -104,6 +81,8 @@ def test_questions_on_one_side_only_are_counted_and_named(tmp_path: Path) -> Non
 def test_changed_questions_are_shown(kind: str, number: str, tmp_path: Path) -> None:
     """The question, the gold, and how both completions ended."""
     a, b = [row(0, False), row(1, True), row(2, True)], [row(2, True), row(1, False), row(0, True)]
+    for record in (*a, *b):
+        record["completion"] = f"long story. {'word ' * 300}#### {int(record['correct'])}"
     files = logs(tmp_path, a, b)
     text = shown(*files, show=(kind, 5))
     assert f"{kind}: {number} ─" in text and text.count(f"{kind}: ") == 1

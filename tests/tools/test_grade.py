@@ -73,16 +73,6 @@ def test_shapes_of_logs(record: dict[str, Any], fields: FieldNames) -> None:
     assert row["correct"] is True
 
 
-@pytest.mark.parametrize(
-    ("gold", "canonical"),
-    [(18, "18"), (-0.5, "-0.5"), (1e22, "1" + 22 * "0"), ("#### 1,800", "1800"), ("x\nA: 18", "18"),
-     ("18", "18"), ("007", "7"), ("-0", "0"), ("1/3", "1/3"), ("$70 000.00", "70000")],
-)  # fmt: skip
-def test_gold_is_read_as_a_person_would(gold: Any, canonical: str) -> None:
-    row = grade.grade({"completion": f"#### {canonical}", "gold": gold}, FieldNames())
-    assert (row["gold"], row["correct"]) == (canonical, True)
-
-
 def test_the_question_tells_a_repeated_prompt_from_the_answer() -> None:
     """Without the question, the prompt's own `#### 42` would be the answer."""
     question = "Say it as #### 42. How many eggs?"

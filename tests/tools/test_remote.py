@@ -7,7 +7,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,9 +44,9 @@ def configure(file: str = ".dvc/config.local", name: str = "private", **settings
     Path(file).write_text((CORE if file == ".dvc/config" else "") + "\n".join(lines) + "\n")
 
 
-def check(name: str | None = None) -> str:
+def check(name: str | None = None, **options: bool) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as stream:
-        remote.main(name)
+        remote.main(name, **options)
     return stream.getvalue()
 
 
@@ -263,14 +262,7 @@ def test_s3_goes_where_its_environment_says(project: Path, monkeypatch: pytest.M
     assert "does not allow weights;" in refused()
 
 
-def test_the_command(project: Path) -> None:
-    """One line on stderr and status 1; the checks on stdout."""
-    configure(url=str(project.parent / "store"))
-    command = [sys.executable, "-m", "stages", "remote", "check", "--no-objects"]
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 1
-    assert re.fullmatch(
-        r"error: verify: is off, .*`dvc remote modify --local private verify true`\n", done.stderr
-    )
-    assert "\nno   verify: is off" in done.stdout
+def test_the_objects_can_be_left_out(project: Path) -> None:
+    """By `--no-objects`."""
+    assert "dvc.lock names no objects yet" in check()
+    assert "dvc.lock" not in check(objects=False)

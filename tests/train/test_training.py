@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
 from stages import dpo, sft
@@ -26,7 +26,7 @@ from stages.policy.adapter import (
     save_adapter,
 )
 from stages.run.errors import UserError
-from stages.run.params import Dpo, Lora, Prompt, Sft
+from stages.run.params import Lora, Prompt, load_params
 from stages.run.paths import BASE, PAIRS, TRAIN
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
@@ -40,6 +40,7 @@ from stages.train.trainer import (
     training_order,
     training_set,
 )
+from tests.policy import SMALL, random_base
 
 PROMPT = Prompt(
     chat=False,
@@ -47,15 +48,12 @@ PROMPT = Prompt(
     styles={"plain": "Question: {question}\nAnswer:\n", "short": "{question}\nShort answer:\n"},
     completion="{solution}",
 )
-SFT = Sft(
-    examples=None, styles=["plain", "short"], epochs=1, batch=4, learning_rate=1e-2, warmup_ratio=0.0,
-    max_tokens=80, checkpoint_steps=100, lora=Lora(r=4, alpha=8, dropout=0.05),
-)  # fmt: skip
-DPO = Dpo(
-    beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0], epochs=1, batch=4, learning_rate=1e-2,
-    warmup_ratio=0.0, max_tokens=80, checkpoint_steps=100, select_steps=100, select_questions=1,
-    select_samples=0, select_max_new_tokens=8,
-)  # fmt: skip
+TRAINING = {"batch": 4, "learning_rate": 1e-2, "warmup_ratio": 0.0, "max_tokens": 80, "checkpoint_steps": 100}
+LORA = Lora(r=4, alpha=8, dropout=0.05)
+SFT = load_params(SMALL).sft.model_copy(
+    update={**TRAINING, "examples": None, "styles": ["plain", "short"], "lora": LORA}
+)
+DPO = load_params(SMALL).dpo.model_copy(update={**TRAINING, "select_steps": 100})
 TWO_ROWS = Rows(micro_batch=2, accumulation=2, checkpointing=False)
 PROBLEMS = [
     {"question": f"Ann has {a} pens and gets {b}. How many?", "solution": f"{a}+{b}={a + b}.\n#### {a + b}"}
@@ -97,14 +95,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base model and its tokenizer, saved as the base stage does."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = byte_level()
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, sliding_window=None,
-        initializer_range=0.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    MistralForCausalLM(config).save_pretrained(folder)
+    random_base(
+        0, vocab_size=len(tokenizer), hidden_size=32, max_position_embeddings=128, initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)  # fmt: skip
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -384,19 +378,6 @@ def test_a_reference_that_moved_is_found(
     with pytest.raises(RuntimeError, match=r"reference is not the SFT adapter") as found:
         assert_reference(trainer.model, sft_adapter)
     assert name.split(".ref.")[0] in str(found.value)
-
-
-def test_a_policy_that_starts_elsewhere_is_found(
-    project: SimpleNamespace, base_folder: Path, sft_adapter: Path
-) -> None:
-    """Here the reference is the raw base model."""
-    trainer, rows = dpo_trainer(project, base_folder, sft_adapter)
-    with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            if ".ref." in name and "lora_B" in name:
-                weight.zero_()
-    with pytest.raises(RuntimeError, match="must start at its reference"):
-        assert_same_start(trainer, rows)
 
 
 # ---- What is saved -------------------------------------------------------------------------------------
