@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 TEMPLATES = Path(__file__).resolve().parent
 
@@ -32,6 +32,7 @@ def render(facts: Mapping[str, Any]) -> str:
     environment.filters |= {
         "as_json": as_json,
         "svg": Markup,
+        "breakable": lambda v: escape(v).replace("_", Markup("_<wbr>")),  # long names break at underscores
         "percent": lambda v: "–" if v is None else f"{100 * v:.1f} %",
         "points": lambda v: f"{100 * v:+.1f}",
         "p": lambda v: f"{v:.2g}" if v >= 0.0001 else "< 0.0001",
