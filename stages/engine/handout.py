@@ -56,31 +56,25 @@ class HandOut:
         self, requests: Iterable[Request], done: frozenset[str], hardware: Hardware, workers: int
     ) -> None:
         self._together = hardware.generation_batch != "auto"
-        if hardware.generation_batch == "auto":
+        if hardware.generation_batch != "auto":
+            size = hardware.generation_batch
+        else:
             requests = [one for one in requests if one.id not in done]
             turns = max(1, math.ceil(len(requests) / (workers * PIECE)))
             size = max(1, math.ceil(len(requests) / (workers * turns)))
-        else:
-            size = hardware.generation_batch
-        pieces = [
-            Piece(piece) for piece in batches(requests, size) if any(one.id not in done for one in piece)
-        ]
-        pieces.reverse()  # the longest prompts first, so that no worker is left with them at the end
+        unfinished = (piece for piece in batches(requests, size) if any(one.id not in done for one in piece))
+        # The longest prompts come first, so that no worker is left with them at the end.
+        pieces = [Piece(piece) for piece in unfinished][::-1]
         self.open = dict.fromkeys(pieces)  # unfinished ones, in the order in which they were started
         self._waiting = deque(pieces)
         self._given = set(done)
 
     def next(self) -> Piece | None:
         """A piece for an idle worker: a waiting one, or else one that a single worker has. None if there is neither."""
-        if self._waiting:
-            piece = self._waiting.popleft()
-        else:
-            shared = (piece for piece in self.open if piece.workers < 2)
-            found = next(shared, None)
-            if found is None:
-                return None
-            piece = found
-        piece.workers += 1
+        shared = (piece for piece in self.open if piece.workers < 2)
+        piece = self._waiting.popleft() if self._waiting else next(shared, None)
+        if piece:
+            piece.workers += 1
         return piece
 
     def to_do(self, piece: Piece) -> list[Request]:

@@ -14,6 +14,7 @@ from stages.engine.load import load_engine
 from stages.engine.ray_engine import RayEngine
 from stages.engine.workers import WorkersEngine
 from stages.launch.devices import host_processes, launcher
+from stages.launch.ray_cluster import ray_cluster
 from stages.policy.request import Engine, EngineStartError
 from stages.run.errors import UserError
 from stages.run.params import Hardware
@@ -27,7 +28,7 @@ def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
     device of the cluster. Raises UserError when the engine that the profile names is not installed or does not start.
     """
     if launcher() == "ray":
-        with RayEngine(adapter, hardware) as ray_engine:
+        with ray_cluster() as ray, RayEngine(ray, adapter, hardware) as ray_engine:
             yield ray_engine
     elif (count := host_processes(hardware)) > 1:
         with WorkersEngine(adapter, hardware, count) as workers:

@@ -7,7 +7,6 @@ finish. The process that runs `dvc repro` writes the one journal.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections import Counter
@@ -18,14 +17,7 @@ from typing import Any, Self
 
 from stages.engine.handout import ATTEMPTS, HandOut, Piece
 from stages.engine.load import load_engine
-from stages.launch.ray_cluster import (
-    Place,
-    check_hosts,
-    describe_problem,
-    find_places,
-    needed_files,
-    ray_cluster,
-)
+from stages.launch.ray_cluster import WAIT_SECONDS, Place, last_line, usable_places
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
 from stages.run.params import Hardware
@@ -35,42 +27,36 @@ from stages.run.stage import manifest_path
 
 SEND_SECONDS = 0.5  # an actor collects completions for so long before it sends them
 LOOK_SECONDS = 5.0  # between two looks at which hosts are in the cluster
-WAIT_SECONDS = 600.0  # how long a cluster may be without any worker
 
 
 @dataclass
 class _Worker:
     place: Place
     actor: Any
-    answer: Any  # what we wait for: first that it has loaded, then the stream of a piece's completions
-    loaded: bool = False
+    answer: Any  # what we wait for: first that it has loaded, then the stream of a piece's completions; None when idle
     piece: Piece | None = None
 
 
 class RayEngine:
-    """An `Engine` of all devices of a Ray cluster; use it in a `with` block, which gives them back."""
+    """An `Engine` of all devices of the cluster of `ray_cluster()`; use it in a `with` block, which gives them back."""
 
-    def __init__(self, adapter: Path | None, hardware: Hardware) -> None:
-        self.adapter, self.hardware = adapter, hardware
+    def __init__(self, ray: Any, adapter: Path | None, hardware: Hardware) -> None:
+        self.ray, self.adapter, self.hardware = ray, adapter, hardware
         self.workers: list[_Worker] = []
         self._failed_starts: Counter[Place] = Counter()
-        self._hosts: dict[str, bool] = {}  # whether a host, by Ray's id, can take part
+        self._hosts: dict[str, str] = {}  # what is wrong with a host, by Ray's id; "" when it can take part
         self._looked = self._last_alive = 0.0
         self._failure = "no host with a free device is in it"
 
     def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:
-            self.ray = stack.enter_context(ray_cluster())
-            self._fill_places(strict=True)
-            hosts = {worker.place.node for worker in self.workers}
-            _say(f"generating with {len(self.workers)} workers on {len(hosts)} hosts")
-            self._stack = stack.pop_all()
+        self._fill_places(strict=True)
+        hosts = {worker.place.node for worker in self.workers}
+        _say(f"generating with {len(self.workers)} workers on {len(hosts)} hosts")
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             self.ray.kill(worker.actor)
-        self._stack.close()
 
     def generate(
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
@@ -81,7 +67,7 @@ class RayEngine:
         while work.open:
             self._fill_places()
             for worker in self.workers:
-                if worker.loaded and worker.piece is None and (piece := work.next()):
+                if worker.answer is None and (piece := work.next()):
                     worker.piece = piece
                     worker.answer = worker.actor.complete.remote(work.to_do(piece))
             waited = {id(worker.answer): worker for worker in self.workers if worker.answer is not None}
@@ -98,20 +84,20 @@ class RayEngine:
         try:
             if worker.piece is None:
                 self.ray.get(worker.answer)
-                worker.loaded, worker.answer = True, None
+                worker.answer = None
                 self._failed_starts[worker.place] = 0
                 return
-            try:
-                completions = self.ray.get(next(worker.answer))
-            except StopIteration:
+            sent = next(worker.answer, None)
+            if sent is None:
                 work.finish(worker.piece)
                 worker.piece = worker.answer = None
                 return
+            completions = self.ray.get(sent)
         except self.ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, UserError):
                 raise UserError(f"Ray worker host {worker.place.host}: {cause}") from None
-            self._lose(worker, work, _last_line(error))
+            self._lose(worker, work, last_line(error))
             return
         yield from work.take(worker.piece, completions)
 
@@ -141,13 +127,18 @@ class RayEngine:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        places = find_places(self.ray, self.hardware)
+        loaded = [manifest_path(path) for path in (BASE, self.adapter) if path]
+        before = set(self._hosts)
+        places = usable_places(self.ray, self.hardware, loaded, self._hosts)
+        for node, problem in self._hosts.items():
+            if problem and strict:
+                raise UserError(problem)
+            if problem and node not in before:
+                _say(f"{problem}; it takes no part")
         if strict and not places:
             raise UserError(
                 "the Ray cluster has no device to work on; start workers with `ray start` (docs/gpus.md)"
             )
-        self._check([place for place in places if place.node not in self._hosts], strict)
-        places = [place for place in places if self._hosts.get(place.node)]
         taken = {worker.place for worker in self.workers}
         for place in places:
             if place not in taken and self._failed_starts[place] < ATTEMPTS:
@@ -158,31 +149,12 @@ class RayEngine:
                 f"{self._failure}"
             )
 
-    def _check(self, places: list[Place], strict: bool) -> None:
-        needed = needed_files(manifest_path(BASE), *([manifest_path(self.adapter)] if self.adapter else []))
-        problems = check_hosts(self.ray, places, needed) if places else {}
-        for place in places:
-            problem = problems.get(place.node)
-            if problem == "" or place.node in self._hosts:  # asked again at the next look, or said already
-                continue
-            if problem and strict:
-                raise UserError(describe_problem(place, problem))
-            if problem:
-                _say(f"{describe_problem(place, problem)}; it takes no part")
-            self._hosts[place.node] = problem is None
-
     def _start(self, place: Place) -> _Worker:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        actor = (
-            self.ray.remote(Server)
-            .options(
-                num_cpus=place.cpus,
-                num_gpus=place.gpus,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(place.node, soft=False),
-            )
-            .remote()
-        )
+        here = NodeAffinitySchedulingStrategy(place.node, soft=False)
+        kind = self.ray.remote(num_cpus=place.cpus, num_gpus=place.gpus, scheduling_strategy=here)
+        actor = kind(Server).remote()
         return _Worker(place, actor, actor.load.remote(str(Path.cwd()), self.adapter, self.hardware))
 
 
@@ -206,11 +178,6 @@ class Server:
                 yield finished
                 finished, sent = [], time.monotonic()
         yield finished
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _say(message: str) -> None:

@@ -48,9 +48,7 @@ class TransformersEngine:
             for batch in batches(requests, size):
                 # A batch partly done is computed whole, because its rows share the arithmetic.
                 if any(request.id not in done for request in batch):
-                    for completion in self._fitting(batch):
-                        if completion.id not in done:
-                            yield completion
+                    yield from (one for one in self._fitting(batch) if one.id not in done)
         finally:
             self.model.train(training)
 
@@ -113,15 +111,8 @@ class TransformersEngine:
             chosen_logprob = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
             ended = torch.isin(chosen, self.end_ids)
             finished = (ended | (limits[rows] == step + 1)) & ~asleep
-            going = zip(
-                rows.tolist(),
-                chosen.tolist(),
-                chosen_logprob.tolist(),
-                ended.tolist(),
-                finished.tolist(),
-                asleep.tolist(),
-                strict=True,
-            )
+            columns = (rows, chosen, chosen_logprob, ended, finished, asleep)
+            going = zip(*(column.tolist() for column in columns), strict=True)
             for row, token, logprob, stop, last, slept in going:
                 if slept:
                     continue

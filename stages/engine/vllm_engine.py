@@ -23,7 +23,6 @@ SETTINGS = {
     # Run inside this process: a failure is raised here, and a kill leaves nothing on the GPU.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
@@ -31,8 +30,8 @@ SETTINGS = {
 class VllmEngine:
     """Completes requests with the model of a checkpoint folder and `adapter` (or none).
 
-    Every request has its own seed. Raises EngineStartError when vLLM does not start. vLLM cannot go on after a later
-    failure: the error is raised as it is, and the process has to be replaced. RuntimeError when a request is lost.
+    Every request has its own seed. Raises EngineStartError when vLLM does not start, RuntimeError when a request is
+    lost. vLLM cannot go on after a later failure: its error is raised as it is and ends the process.
     """
 
     def __init__(self, adapter: Path | None, base: Path = BASE) -> None:
@@ -69,7 +68,6 @@ class VllmEngine:
             raise EngineStartError(
                 f"vLLM did not start ({reason}); see to that, or set hardware.engine to transformers"
             ) from error
-        self.dead = False
 
     def generate(
         self, requests: Iterable[Request], done: frozenset[str] = frozenset()
@@ -77,8 +75,6 @@ class VllmEngine:
         """See `Engine.generate`."""
         from vllm.inputs import tokens_input
 
-        if self.dead:
-            raise RuntimeError("this vLLM engine has failed; a new process is needed")
         engine = self.llm.llm_engine
         waiting = (request for request in requests if request.id not in done)
         running: dict[str, Request] = {}
@@ -97,9 +93,6 @@ class VllmEngine:
                     raise RuntimeError(f"vLLM lost {len(running)} requests, {next(iter(running))} the first")
         except GeneratorExit:  # whoever asked has stopped listening
             engine.abort_request(list(running))
-            raise
-        except Exception:
-            self.dead = True
             raise
 
     def _params(self, request: Request) -> Any:

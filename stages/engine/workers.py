@@ -48,7 +48,6 @@ class WorkersEngine:
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
             worker.process.kill()
-        for worker in self.workers:
             worker.process.join()
 
     def generate(
@@ -62,15 +61,16 @@ class WorkersEngine:
                     worker.piece = piece
                     with contextlib.suppress(OSError):  # it is dead; reading from it will say so
                         worker.pipe.send(work.to_do(piece))
-            busy = {worker.pipe: worker for worker in self.workers if worker.piece}
+            busy = {worker.pipe: (worker, worker.piece) for worker in self.workers if worker.piece}
             for pipe in connection.wait(list(busy)):
-                worker = busy[pipe]  # type: ignore[index]
-                piece = worker.piece
-                assert piece is not None
+                worker, piece = busy[pipe]  # type: ignore[index]
                 try:
                     message = worker.pipe.recv()
                 except (EOFError, OSError):
-                    work.lost(piece, f"status {self._replace(worker)}")
+                    worker.process.join()
+                    rank = self.workers.index(worker)
+                    self.workers[rank] = self._start(rank)
+                    work.lost(piece, f"status {worker.process.exitcode}")
                     continue
                 if message is None:
                     work.finish(piece)
@@ -79,13 +79,6 @@ class WorkersEngine:
                     raise message
                 else:
                     yield from work.take(piece, [message])
-
-    def _replace(self, worker: _Worker) -> int | None:
-        """Start another process in the place of one that ended; returns the status it ended with."""
-        worker.process.join()
-        rank = self.workers.index(worker)
-        self.workers[rank] = self._start(rank)
-        return worker.process.exitcode
 
     def _start(self, rank: int) -> _Worker:
         context = get_context("spawn")

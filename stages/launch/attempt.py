@@ -49,19 +49,25 @@ def call(entry: str, run: StageRun, most: int | None) -> bool:
     module, _, name = entry.partition(":")
     try:
         getattr(importlib.import_module(module), name)(run, most)
+        return True
     except torch.OutOfMemoryError:
         pass
-    else:
-        return True
     gc.collect()  # frees the model of the failed attempt
     torch.cuda.empty_cache()
     return False
 
 
-def call_as_one_of_several(entry: str, run: StageRun, most: int | None) -> bool:
+def order_for(entry: str, run: StageRun, most: int | None) -> dict[str, Any]:
+    """What another process must be told to take part in an attempt. Forgets how an earlier attempt ended."""
+    (run.work / END).unlink(missing_ok=True)
+    described = {"name": run.name, "work": str(run.work), "sections": run.params.declared}
+    return {"entry": entry, "most": most, **described}
+
+
+def call_as_one_of_several(order: dict[str, Any], run: StageRun) -> bool:
     """As `call`, and a UserError returns False too. The reason is noted for `out_of_memory`."""
     try:
-        if call(entry, run, most):
+        if call(order["entry"], run, order["most"]):
             return True
         write_json(run.work / END, {"out_of_memory": True})
     except UserError as error:
@@ -78,9 +84,8 @@ def out_of_memory(run: StageRun) -> bool:
 
 
 def rebuild(order: dict[str, Any]) -> StageRun:
-    """The run that `StageRun.description` describes, in another process; only rank 0 shows progress."""
+    """The run of an order, in another process; only rank 0 shows progress."""
     quiet = os.environ.get("RANK", "0") != "0"
     params = Sections(load_params(), tuple(order["sections"]))
-    return StageRun(
-        order["name"], params, Path(order["work"]), Console(stderr=True, soft_wrap=True, quiet=quiet)
-    )
+    console = Console(stderr=True, soft_wrap=True, quiet=quiet)
+    return StageRun(order["name"], params, Path(order["work"]), console)

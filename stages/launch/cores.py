@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TypeVar
 
-from stages.run.guard import end_at_parents_death
+from stages.run.guard import end_with
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,7 +30,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], core
         yield from map(function, items)
         return
     waiting: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(cores, initializer=_start) as pool:
+    with ProcessPoolExecutor(cores, initializer=_start, initargs=(os.getpid(),)) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
@@ -42,6 +42,6 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], core
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start() -> None:
+def _start(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which then ends its workers
-    end_at_parents_death()
+    end_with(parent)

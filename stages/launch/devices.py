@@ -54,17 +54,11 @@ def engine_kind(hardware: Hardware) -> str:
 
     Raises UserError when the profile names vLLM and it is not installed.
     """
-    if hardware.engine == "vllm" and not vllm_installed():
+    have_vllm = importlib.util.find_spec("vllm") is not None
+    if hardware.engine == "vllm" and not have_vllm:
         raise UserError(
             "hardware.engine: vllm is not installed; `pip install -r requirements-gpu.txt`, or set it to auto"
         )
-    if hardware.engine != "auto":
-        return hardware.engine
-    if not vllm_installed():
-        return "transformers"
-    return "vllm" if visible_gpus() else "transformers"
-
-
-def vllm_installed() -> bool:
-    """Whether the vllm package is there."""
-    return importlib.util.find_spec("vllm") is not None
+    if hardware.engine == "auto":
+        return "vllm" if have_vllm and visible_gpus() else "transformers"
+    return hardware.engine

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.multiprocessing import ProcessExitedException, start_processes
 
-from stages.launch.attempt import END, call_as_one_of_several, out_of_memory, rebuild
+from stages.launch.attempt import END, call_as_one_of_several, order_for, out_of_memory, rebuild
 from stages.run.errors import UserError
 from stages.run.guard import end_with
 from stages.run.process import prepare_process
@@ -22,9 +22,10 @@ def train_in_processes(entry: str, run: StageRun, count: int, most: int | None) 
 
     Raises UserError when a process fails otherwise.
     """
-    (run.work / END).unlink(missing_ok=True)
-    order = {"entry": entry, "most": most, "port": _free_port(), "count": count, "parent": os.getpid()}
-    order |= run.description()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # a free one
+    order = {**order_for(entry, run, most), "port": port, "count": count, "parent": os.getpid()}
     context = start_processes(work, (order,), count, join=False, start_method="spawn")
     try:
         while not context.join():
@@ -46,18 +47,13 @@ def train_in_processes(entry: str, run: StageRun, count: int, most: int | None) 
 def work(rank: int, order: dict[str, Any]) -> None:
     """The work of one process."""
     end_with(order["parent"])
-    world = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": order["count"],
-        "LOCAL_WORLD_SIZE": order["count"],
-    }
-    os.environ.update({name: str(value) for name, value in world.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(order["port"]))
+    for name in ("", "LOCAL_"):
+        os.environ |= {f"{name}RANK": str(rank), f"{name}WORLD_SIZE": str(order["count"])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(order["port"])}
     prepare_process()
     run = rebuild(order)
     try:
-        finished = call_as_one_of_several(order["entry"], run, order["most"])
+        finished = call_as_one_of_several(order, run)
     except Exception:
         # If another process has ended, this one has only lost its connection, which is no news.
         if not (run.work / END).is_file():
@@ -65,9 +61,3 @@ def work(rank: int, order: dict[str, Any]) -> None:
         sys.exit(1)
     if not finished:
         os._exit(1)  # at once: an orderly exit could wait for the other processes
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -1,10 +1,5 @@
 """Estimates the memory that a stage needs from the model's shape, and the number of rows that fit.
 
-A worked example: Abel-7B (hidden 4096, 32 layers, ffn 14336, bfloat16), SFT with rank 32 and rows of 1,024 tokens:
-
-    weights 13.5 GiB + adapter 1.9 GiB + output tile 0.25 GiB
-    + for each row 0.72 GiB with gradient checkpointing, 8.5 GiB without
-
 All figures are bytes and follow from the config alone, so that `python -m stages check` can answer before the weights
 are there. tests/launch/test_memory.py compares the formulas with real training steps.
 """
@@ -17,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from stages.launch.devices import host_processes
 from stages.run.errors import UserError
@@ -40,22 +37,12 @@ class Shape:
     hidden: int
     layers: int
     heads: int
-    kv_heads: int
-    head_size: int
+    queries: int  # size of a token's queries, over all heads
+    keys: int  # and of its keys; the values have the same size
     ffn: int
     vocab: int
     tied: bool
     width: int
-
-    @property
-    def queries(self) -> int:
-        """Size of a token's queries, over all heads."""
-        return self.heads * self.head_size
-
-    @property
-    def keys(self) -> int:
-        """Size of a token's keys, over all heads; the values have the same size."""
-        return self.kv_heads * self.head_size
 
     def linears(self) -> tuple[tuple[int, int], ...]:
         """Input and output size of the seven linear layers of a block: q, k, v, o, gate, up, down."""
@@ -106,13 +93,14 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     """The shape from a model's config.json. Raises UserError when it is not that of a dense decoder."""
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        size = config.get("head_dim") or hidden // heads
         dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
         return Shape(
             hidden=hidden,
             layers=config["num_hidden_layers"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or hidden // heads,
+            queries=heads * size,
+            keys=(config.get("num_key_value_heads") or heads) * size,
             ffn=config["intermediate_size"],
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
@@ -129,17 +117,9 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
 def shape_of_built(model: BuiltModel) -> Shape:
     """The shape of the model that the `base` stage builds, which is in 32-bit precision."""
     given = model.architecture
-    return Shape(
-        hidden=given.hidden,
-        layers=given.layers,
-        heads=given.heads,
-        kv_heads=given.kv_heads,
-        head_size=given.hidden // given.heads,
-        ffn=given.ffn,
-        vocab=given.vocab,
-        tied=False,
-        width=4,
-    )
+    keys = given.kv_heads * given.hidden // given.heads
+    sizes = given.model_dump(exclude={"kv_heads", "context"})
+    return Shape(**sizes, queries=given.hidden, keys=keys, tied=False, width=4)
 
 
 # ---- Training ----------------------------------------------------------------------------------------
@@ -164,7 +144,9 @@ def training_need(
     block = block_bytes(shape, rank, tokens, dropout and not pair, cuda)
     # The inputs of all blocks, and the output of the last one in 32 bits, which the final norm keeps.
     inputs = tokens * shape.hidden * (shape.layers * shape.width + 4)
-    working = working_bytes(shape, tokens)
+    # The gradients inside a block are most in its feed-forward layer: three of that layer's size at the same time (the
+    # LoRA branch's in 32 bits), that of the block's output, and what is added to it.
+    working = tokens * 4 * (3 * shape.ffn + 2 * shape.hidden)
     head, tile = head_bytes(shape, tokens, cuda)
     fixed += tile
     if checkpointing:
@@ -193,15 +175,6 @@ def block_bytes(shape: Shape, rank: int, tokens: int, dropout: bool, cuda: bool)
     between = len(shape.linears()) * rank * width
     attention = 4 * q * width + 4 * shape.heads + tokens * width
     return tokens * (norms + lora + between + attention + 3 * f * width)
-
-
-def working_bytes(shape: Shape, tokens: int) -> int:
-    """Bytes of temporary gradients inside one block, at their peak.
-
-    The peak is in the feed-forward layer: three gradients of its size at the same time (the LoRA branch's in 32 bits),
-    the gradient of the block's output, and what is added to it.
-    """
-    return tokens * 4 * (3 * shape.ffn + 2 * shape.hidden)
 
 
 def head_bytes(shape: Shape, tokens: int, cuda: bool) -> tuple[int, int]:
@@ -259,8 +232,6 @@ def own_device(hardware: Hardware) -> Device:
 
 def cpu_device(processes: int) -> Device:
     """The host's memory, or what its container may use, divided among `processes`."""
-    import psutil
-
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
@@ -274,15 +245,16 @@ def training_rows(
     model: Any, spec: Sft | Dpo, hardware: Hardware, longest: int, processes: int, most: int | None
 ) -> tuple[int, bool]:
     """`rows_and_checkpointing` for this process, with the model in memory and rows of at most `longest` tokens."""
-    if hardware.per_device_batch != "auto" and hardware.gradient_checkpointing != "auto":  # any model
-        return min(hardware.per_device_batch, most or spec.batch), hardware.gradient_checkpointing
-    device, shape, adapter = own_device(hardware), _shape(model), model.peft_config["default"]
+    device, adapter = own_device(hardware), model.peft_config["default"]
 
-    def need(checkpointing: bool) -> Need:
+    def need(
+        checkpointing: bool,
+    ) -> Need:  # not asked for when the profile gives numbers, so any model will do then
         dropout = adapter.lora_dropout > 0
-        return training_need(shape, spec, longest, adapter.r, dropout, checkpointing, device.cuda)
+        return training_need(_shape(model), spec, longest, adapter.r, dropout, checkpointing, device.cuda)
 
-    return rows_and_checkpointing(need, spec, hardware, device.free + _held(model), processes, most)
+    free = device.free + model.get_memory_footprint()  # the need has the model in it
+    return rows_and_checkpointing(need, spec, hardware, free, processes, most)
 
 
 def rows_and_checkpointing(
@@ -320,7 +292,7 @@ def generation_batch(model: Any, hardware: Hardware, prompt: int, new: int) -> i
     adapters = getattr(model, "peft_config", {})
     rank = max((one.r for one in adapters.values()), default=None)
     need = generation_need(_shape(model), rank, prompt, new)
-    return generation_rows(need, device, _held(model))
+    return generation_rows(need, device, model.get_memory_footprint())
 
 
 def generation_rows(need: Need, device: Device, held: int = 0) -> int:
@@ -332,7 +304,3 @@ def generation_rows(need: Need, device: Device, held: int = 0) -> int:
 def _shape(model: Any) -> Shape:
     dtype = next(model.parameters()).dtype
     return shape_of_config({**model.config.to_dict(), "dtype": str(dtype)}, "the base model's config")
-
-
-def _held(model: Any) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())

@@ -1,8 +1,8 @@
 """Connects to the Ray cluster of the ray launcher, and finds the devices that can take part.
 
     with ray_cluster() as ray:
-        places = find_places(ray, hardware)  # one Place for each GPU, or for each process of a host without GPUs
-        check_hosts(ray, places, files)      # does every host have this project's files at the same path?
+        # One Place for each GPU, or for each process of a host without GPUs; every host must have the same `files`.
+        places = usable_places(ray, hardware, files, known)
 
 The cluster is started by hand (`ray start`, docs/gpus.md); nothing here starts or ends a host.
 """
@@ -12,20 +12,21 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stages.run.errors import UserError
 from stages.run.files import sha256_file
+from stages.run.guard import leave_on_sigterm
 from stages.run.params import Hardware, load_params
 from stages.run.paths import PARAMS, PROFILES
 from stages.run.process import OFFLINE, SAME_ARITHMETIC, SILENT
 
 CHECK_SECONDS = 120  # how long a host may take to answer
+WAIT_SECONDS = 600.0  # how long a cluster may be without any device
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ def ray_cluster() -> Iterator[Any]:
     import ray
 
     # A worker reads these before it imports torch; so do the processes that Ray Train starts.
-    names = (*SILENT, *SAME_ARITHMETIC, *OFFLINE)
-    settings = {name: os.environ[name] for name in names if name in os.environ}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    settings = {name: os.environ[name] for name in {*SILENT, *SAME_ARITHMETIC, OFFLINE} & {*os.environ}}
     try:
         _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(
@@ -66,7 +65,7 @@ def ray_cluster() -> Iterator[Any]:
         raise UserError(
             f"no Ray cluster could be reached ({reason}); start one with `ray start --head` (docs/gpus.md)"
         ) from None
-    signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own
+    leave_on_sigterm()  # Ray has set a handler of its own
     try:
         yield ray
     finally:
@@ -99,23 +98,31 @@ def find_places(ray: Any, hardware: Hardware) -> list[Place]:
     return sorted(places, key=lambda place: (place.number, place.host, place.node))
 
 
-def needed_files(*more: Path) -> list[Path]:
-    """The files that a worker reads: code, parameters and `more` (the manifests of what it loads)."""
-    code = sorted(Path("stages").rglob("*.py"))
-    return [*code, PARAMS, PROFILES / f"{load_params().profile}.yaml", *more]
+def usable_places(ray: Any, hardware: Hardware, loaded: list[Path], known: dict[str, str]) -> list[Place]:
+    """The devices of the hosts that have the same files at the same path: code, parameters, and what is `loaded`.
 
-
-def check_hosts(ray: Any, places: Sequence[Place], files: Sequence[Path]) -> dict[str, str]:
-    """What is wrong with the hosts of `places`, by Ray's id: each must have the same `files` at the same path.
-
-    A host that gave no answer in time, perhaps because it died, has "" here.
+    `known` gets what is wrong with each host, by Ray's id ("": nothing); a host in it is not asked again. A host
+    that gives no answer in time, perhaps because it died, is left out, and asked the next time.
     """
+    places = find_places(ray, hardware)
+    if unknown := {place.node: place.host for place in places if place.node not in known}:
+        known |= _problems(ray, unknown, loaded)
+    return [place for place in places if known.get(place.node) == ""]
+
+
+def _problems(ray: Any, hosts: dict[str, str], loaded: list[Path]) -> dict[str, str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    files = [
+        *sorted(Path("stages").rglob("*.py")),
+        PARAMS,
+        PROFILES / f"{load_params().profile}.yaml",
+        *loaded,
+    ]
     wanted = {str(path.resolve()): sha256_file(path) for path in files}
 
     # Defined here so that Ray sends it whole: a host without the project could not import it.
-    def look(wanted: Mapping[str, str]) -> str | None:
+    def look(wanted: Mapping[str, str]) -> str:
         import hashlib
         from pathlib import Path
 
@@ -124,27 +131,25 @@ def check_hosts(ray: Any, places: Sequence[Place], files: Sequence[Path]) -> dic
                 return f"has no {name}"
             if hashlib.sha256(Path(name).read_bytes()).hexdigest() != sha256:
                 return f"has another {name}"
-        return None
+        return ""
 
     remote = ray.remote(num_cpus=0, max_retries=0)(look)
     asked = {}
-    for place in places:
-        if place.node not in asked:
-            here = NodeAffinitySchedulingStrategy(place.node, soft=False)
-            asked[place.node] = remote.options(scheduling_strategy=here).remote(wanted)
-    problems = {}
+    for node in hosts:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        asked[node] = remote.options(scheduling_strategy=here).remote(wanted)
+    found = {}
     for node, answer in asked.items():
-        try:
-            if problem := ray.get(answer, timeout=CHECK_SECONDS):
-                problems[node] = problem
-        except ray.exceptions.RayError:
-            problems[node] = ""
-    return problems
+        with contextlib.suppress(ray.exceptions.RayError):
+            problem = ray.get(answer, timeout=CHECK_SECONDS)
+            found[node] = problem and (
+                f"Ray worker host {hosts[node]} {problem}; every host needs this project, its checkpoints included, "
+                "at the same path (a shared folder is best, and training needs one)"
+            )
+    return found
 
 
-def describe_problem(place: Place, problem: str) -> str:
-    """One line on a host that cannot take part."""
-    return (
-        f"Ray worker host {place.host} {problem}; every host needs this project, its checkpoints included, at "
-        f"the same path (a shared folder is best, and training needs one)"
-    )
+def last_line(error: Exception) -> str:
+    """The last line of an error of Ray's, which says what happened; the traceback before it does not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -19,16 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from stages.launch.attempt import END, call_as_one_of_several, out_of_memory, rebuild
+from stages.launch.attempt import call_as_one_of_several, order_for, out_of_memory, rebuild
 from stages.launch.devices import training_processes
-from stages.launch.ray_cluster import check_hosts, describe_problem, find_places, needed_files, ray_cluster
+from stages.launch.ray_cluster import WAIT_SECONDS, last_line, ray_cluster, usable_places
 from stages.run.errors import UserError
 from stages.run.files import write_json
 from stages.run.resume import newest_checkpoint, step_of
 from stages.run.stage import StageRun
 
 RESTARTS = 3  # in a row without a new checkpoint
-WAIT_SECONDS = 600.0  # how long a cluster may be without any device
 SAID = "said.log"  # what the first worker prints
 TOKEN = "token.json"  # a file by which a host proves that it shares the folder
 
@@ -60,15 +59,13 @@ def train_on_ray(entry: str, run: StageRun, batch: int, most: int | None) -> boo
 
 def _choose_workers(ray: Any, run: StageRun, batch: int) -> tuple[int, dict[str, float]]:
     """The number of workers, and the CPUs and GPUs that each of them reserves."""
+    write_json(run.work / TOKEN, {"time": time.time()})  # only hosts that share this folder have it
     deadline = time.monotonic() + WAIT_SECONDS
+    known: dict[str, str] = {}
     while True:
-        write_json(run.work / TOKEN, {"time": time.time()})  # only hosts that share this folder have it
-        places = find_places(ray, run.params.hardware)
-        problems = check_hosts(ray, places, needed_files(run.work / TOKEN))
-        for place in places:
-            if problem := problems.get(place.node):
-                raise UserError(f"{run.name}: {describe_problem(place, problem)}")
-        places = [place for place in places if place.node not in problems]
+        places = usable_places(ray, run.params.hardware, [run.work / TOKEN], known)
+        if problem := next(filter(None, known.values()), None):
+            raise UserError(f"{run.name}: {problem}")
         if places:
             break
         if time.monotonic() > deadline:
@@ -90,11 +87,9 @@ def _fit(entry: str, run: StageRun, count: int, resources: dict[str, float], mos
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    (run.work / END).unlink(missing_ok=True)
-    order = {"entry": entry, "most": most, "project": str(Path.cwd()), **run.description()}
     trainer = TorchTrainer(
         work,
-        train_loop_config=order,
+        train_loop_config={**order_for(entry, run, most), "project": str(Path.cwd())},
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
@@ -108,8 +103,7 @@ def _fit(entry: str, run: StageRun, count: int, resources: dict[str, float], mos
         trainer.fit()
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", None) or {0: error}
-        lines = [line.strip() for line in str(next(iter(failures.values()))).splitlines() if line.strip()]
-        return lines[-1] if lines else type(error).__name__
+        return last_line(next(iter(failures.values())))
     return None
 
 
@@ -120,7 +114,7 @@ def work(order: dict[str, Any]) -> None:
     with (run.work / SAID).open("a", encoding="utf-8") as said:
         if os.environ["RANK"] == "0":
             run.console = Console(file=said, soft_wrap=True)
-        if not call_as_one_of_several(order["entry"], run, order["most"]):
+        if not call_as_one_of_several(order, run):
             raise RuntimeError("training did not finish")  # ends the other workers too
 
 

@@ -33,8 +33,7 @@ def train_everywhere(entry: str, run: StageRun, batch: int) -> None:
             raise UserError(
                 f"{run.name}: the model does not fit into memory; `python -m stages check` says how much it needs"
             )
-        used = read_json(note)
-        most = _fewer_rows(run, used["rows"], used["checkpointing"])
+        most = _fewer_rows(run, **read_json(note))
 
 
 def _attempt(entry: str, run: StageRun, batch: int, most: int | None) -> bool:

@@ -15,18 +15,13 @@ from ruamel.yaml import YAML
 from stages.run.paths import PIPELINE, ROOT
 
 
-def code_dependencies(stage: str) -> list[Path]:
-    """The files and folders under stages/ that dvc.yaml lists as dependencies of `stage`, as it lists them."""
+def code_files(stage: str) -> list[Path]:
+    """The files that dvc.yaml lists for `stage`, those of folders included, relative to the project, in order."""
     pipeline = YAML(typ="safe", pure=True).load((ROOT / PIPELINE).read_text(encoding="utf-8"))
     entry = pipeline["stages"][stage]
     entry = entry.get("do", entry)  # of a `foreach` stage
-    return [Path(path) for path in entry["deps"] if path.startswith("stages/")]
-
-
-def code_files(stage: str) -> list[Path]:
-    """All files of `code_dependencies`, relative to the project, in order."""
     found: set[Path] = set()
-    for path in code_dependencies(stage):
-        files = (ROOT / path).rglob("*") if (ROOT / path).is_dir() else [ROOT / path]
+    for path in (ROOT / path for path in entry["deps"] if path.startswith("stages/")):
+        files = path.rglob("*") if path.is_dir() else [path]
         found.update(file.relative_to(ROOT) for file in files if file.is_file() and file.suffix != ".pyc")
     return sorted(found)

@@ -84,12 +84,18 @@ def atomic_write(path: Path) -> Iterator[IO[str]]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
         raise UserError(f"{path}: cannot be written ({error.strerror}); the old file is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync_files(folder: Path) -> None:
+    """Make all files inside `folder` last through a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -101,14 +107,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write all `records` to `path` at once; returns how many."""
-    count = 0
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write all `records` to `path` at once."""
     with atomic_write(path) as file:
-        for record in records:
-            file.write(jsonl_line(record))
-            count += 1
-    return count
+        file.writelines(map(jsonl_line, records))
 
 
 def join_files(parts: Iterable[Path], path: Path) -> None:
@@ -151,10 +153,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
-        for path in fresh.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        sync_files(fresh)
         if target.exists():
             shutil.rmtree(target)
         fresh.replace(target)

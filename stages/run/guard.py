@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,58 +31,42 @@ def end_with_parent() -> None:
         return
     parent = os.getppid()
     # If a shell stands between DVC and the stage, it lives on when DVC is killed. Then watch DVC as well.
-    is_shell = next(iter(_arguments(parent)), "").endswith("sh")  # sh, bash, zsh, ...
-    starter = _parent_of(parent) if is_shell else None
+    above, words = _look_at(parent)
+    starter = above if words and words[0].endswith("sh") else None  # sh, bash, zsh, ...
     # If DVC was killed while this stage was starting, the parent is now process 1, which is not DVC.
-    if 1 in (parent, starter) and not any("dvc" in argument for argument in _arguments(1)):
+    if 1 in (parent, starter) and not any("dvc" in word for word in _look_at(1)[1]):
         raise SystemExit(143)
     end_with(parent, starter)
 
 
 def end_with(parent: int, starter: int | None = None) -> None:
     """End this process when its parent process ends, or the parent's own `starter` if given."""
-    end_at_parents_death()
-    threading.Thread(target=_watch, args=(parent, starter), daemon=True).start()
+
+    def watch() -> None:
+        while os.getppid() == parent and (starter is None or _look_at(parent)[0] == starter):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def end_at_parents_death() -> None:
-    """Have the kernel send this process SIGTERM when its direct parent dies (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _watch(parent: int, starter: int | None) -> None:
-    while os.getppid() == parent and (starter is None or _parent_of(parent) == starter):
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE)
-    os._exit(143)
-
-
-def _arguments(pid: int) -> list[str]:
+def _look_at(pid: int) -> tuple[int | None, list[str]]:
+    """The parent of a process, and its command line; neither once it has ended."""
     with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).cmdline()
-    return []
+        process = psutil.Process(pid)
+        return process.ppid(), process.cmdline()
+    return None, []
 
 
-def _parent_of(pid: int) -> int | None:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).ppid()
-    return None
-
-
-@contextlib.contextmanager
-def leave_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an ordinary exit, which closes journals and removes temporary files."""
+def leave_on_sigterm() -> None:
+    """From now on, turn SIGTERM into an ordinary exit, which closes journals and removes temporary files."""
 
     def leave(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(143)
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, leave)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML, YAMLError
 
 from stages.run.errors import UserError
-from stages.run.files import read_json, sha256_file
+from stages.run.files import read_json
 from stages.run.paths import (
     BASE,
     DPO_ADAPTER,
@@ -99,10 +100,9 @@ class Step:
     params: dict[str, Any]
     links: list[Link] = field(default_factory=list)
 
-    def link(self, role: str, path: Path | str) -> Link | None:
+    def link(self, role: str, path: Path) -> Link | None:
         """The link to one path."""
-        name = path if isinstance(path, str) else path.as_posix()
-        return next((one for one in self.links if (one.role, one.path) == (role, name)), None)
+        return next((one for one in self.links if (one.role, one.path) == (role, path.as_posix())), None)
 
 
 class History:
@@ -122,90 +122,86 @@ class History:
 
     def step(self, stage: str) -> Step | None:
         """One stage, checked; None when neither a manifest nor dvc.lock has it."""
-        output, locked = MADE_BY[stage], self._lock.get(stage, {})
-        manifest = self.manifest(stage)
-        files = [name for name in locked.get("params", {}) if name.startswith("profiles/")]
-        profile = Path(files[0]).stem if files else None
-        if manifest is None:
-            if not locked:
-                return None
-            params = {key: value for file in locked.get("params", {}).values() for key, value in file.items()}
-            md5 = _md5_of(locked.get("outs", []), output.as_posix())
-            return Step(
-                stage,
-                LOCK.name,
-                output,
-                md5 and f"md5:{md5}",
-                profile,
-                params,
-                list(self._locked_links(stage)),
-            )
-        path = manifest_path(output).as_posix()
-        identity = self._hash(path) if output.is_dir() else manifest.outputs.get(output.as_posix())
-        step = Step(stage, "manifest", output, identity, profile, manifest.params)
-        if md5 := _md5_of(locked.get("outs", []), path):  # a manifest in a folder has no sum of its own there
-            state = AS_RECORDED if self._hash(path, "md5") == md5 else DIFFERS
-            step.links.append(Link(stage, "locked", path, f"md5:{md5}", state))
-        for name, recorded in manifest.outputs.items():
-            step.links.append(Link(stage, "wrote", name, recorded, self._state(name, recorded)))
-        for name, recorded in manifest.inputs.items():
-            state = self._state(name, recorded)
-            if state == UNCHECKED and (made := self._recorded_by_maker(name)):
-                state = ALIKE if made == recorded else UNLIKE
-            elif state == UNCHECKED:
-                state = self._state_in_lock(stage, name)
-            step.links.append(Link(stage, "read", name, recorded, state))
+        output, locked, manifest = MADE_BY[stage], self._lock.get(stage, {}), self.manifest(stage)
+        files: dict[str, dict[str, Any]] = locked.get("params", {})
+        profile = next((Path(name).stem for name in files if name.startswith("profiles/")), None)
+        if manifest:
+            path = manifest_path(output).as_posix()
+            identity = self._hash(path) if output.is_dir() else manifest.outputs.get(output.as_posix())
+            step = Step(stage, "manifest", output, identity, profile, manifest.params)
+            wrote, read = manifest.outputs, manifest.inputs
+            # dvc.lock has a sum of a manifest that lies beside its file; one in a folder is part of the folder's sum.
+            if recorded := self._locked(stage, "outs").get(path):
+                step.links.append(Link(stage, "locked", path, recorded, self._state(path, recorded)))
+        elif locked:
+            wrote = self._locked(stage, "outs")
+            read = {
+                path: recorded
+                for path, recorded in self._locked(stage, "deps").items()
+                if path.startswith(("data/", "checkpoints/"))
+            }
+            params = {key: value for values in files.values() for key, value in values.items()}
+            step = Step(stage, LOCK.name, output, wrote.get(output.as_posix()), profile, params)
+        else:
+            return None
+        step.links += [Link(stage, "wrote", *one, self._state(*one)) for one in wrote.items()]
+        step.links += [Link(stage, "read", *one, self._state_read(stage, *one)) for one in read.items()]
         return step
 
     def manifest(self, stage: str) -> Manifest | None:
         """The manifest of a stage, if it is here."""
         if stage not in self._manifests:
             path = manifest_path(MADE_BY[stage])
-            self._manifests[stage] = _read_manifest(path) if path.is_file() else None
+            try:
+                found = Manifest.model_validate(read_json(path)) if path.is_file() else None
+            except ValidationError as error:
+                key = ".".join(map(str, error.errors()[0]["loc"])) or "it"
+                words = f"{path}: no manifest of this pipeline ({key} is wrong); run `dvc repro`"
+                raise UserError(words) from None
+            self._manifests[stage] = found
         return self._manifests[stage]
 
-    def _state(self, path: str, recorded: str) -> str:
-        actual = self._hash(path)
-        return UNCHECKED if actual is None else AS_RECORDED if actual == recorded else DIFFERS
+    def _locked(self, stage: str, kind: str) -> dict[str, str]:
+        """The sums that dvc.lock has of what a stage read (`deps`) or wrote (`outs`), as "md5:..."."""
+        return {one["path"]: f"md5:{one['md5']}" for one in self._lock.get(stage, {}).get(kind, [])}
 
     def _hash(self, path: str, kind: str = "sha256") -> str | None:
         """The hash of a file, or of a folder's manifest; None when it is not here."""
         if (path, kind) not in self._hashes:
             file = Path(path) / MANIFEST if Path(path).is_dir() else Path(path)
-            self._hashes[path, kind] = _digest(file, kind) if file.is_file() else None
+            try:
+                with file.open("rb") as data:
+                    self._hashes[path, kind] = hashlib.file_digest(data, kind).hexdigest()
+            except (FileNotFoundError, NotADirectoryError):
+                self._hashes[path, kind] = None
+            except OSError as error:
+                words = f"{file}: cannot be read ({error.strerror}); check its owner and rights"
+                raise UserError(words) from None
         return self._hashes[path, kind]
 
-    def _recorded_by_maker(self, path: str) -> str | None:
-        """The hash of a file that the stage which wrote it recorded."""
-        made = (self.manifest(stage) for stage in MADE_BY)
-        return next((one.outputs[path] for one in made if one and path in one.outputs), None)
-
-    def _locked_links(self, stage: str) -> Iterator[Link]:
-        """The data that a stage read and wrote according to dvc.lock, when its manifest is not here."""
-        entry = self._lock[stage]
-        for out in entry.get("outs", []):
-            state = self._state_by_md5(out["path"], out["md5"])
-            yield Link(stage, "wrote", out["path"], f"md5:{out['md5']}", state)
-        for dep in entry.get("deps", []):
-            if dep["path"].startswith(("data/", "checkpoints/")):
-                state = self._state_by_md5(dep["path"], dep["md5"])
-                if state == UNCHECKED:
-                    state = self._state_in_lock(stage, dep["path"])
-                yield Link(stage, "read", dep["path"], f"md5:{dep['md5']}", state)
-
-    def _state_by_md5(self, path: str, recorded: str) -> str:
-        if recorded.endswith(".dir") or not Path(path).is_file():  # DVC hashes a folder in its own way
+    def _state(self, path: str, recorded: str) -> str:
+        """Whether what lies here has the recorded hash: sha256, or md5 with `md5:` before it."""
+        kind, _, wanted = recorded.rpartition(":")
+        if wanted.endswith(".dir"):  # DVC hashes a folder in its own way
             return UNCHECKED
-        return AS_RECORDED if self._hash(path, "md5") == recorded else DIFFERS
+        actual = self._hash(path, kind or "sha256")
+        return UNCHECKED if actual is None else AS_RECORDED if actual == wanted else DIFFERS
 
-    def _state_in_lock(self, stage: str, path: str) -> str:
-        """Whether dvc.lock has the same md5 for a path at the stage that wrote it and at `stage`, which read it."""
-        read = _md5_of(self._lock.get(stage, {}).get("deps", []), path)
-        made = (_md5_of(entry.get("outs", []), path) for entry in self._lock.values())
-        written = next(filter(None, made), None)
-        if read is None or written is None:
+    def _state_read(self, stage: str, path: str, recorded: str) -> str:
+        """As `_state`; for what is not here, whether the stage that wrote it recorded the same hash."""
+        state = self._state(path, recorded)
+        if state != UNCHECKED:
+            return state
+        makers = filter(None, map(self.manifest, MADE_BY))
+        written = next((one.outputs[path] for one in makers if path in one.outputs), None)
+        if written is None or recorded.startswith("md5:"):
+            recorded = self._locked(stage, "deps").get(path, "")
+            written = next(
+                (outs[path] for one in self._lock if path in (outs := self._locked(one, "outs"))), ""
+            )
+        if not written or not recorded:
             return UNCHECKED
-        return ALIKE if read == written else UNLIKE
+        return ALIKE if written == recorded else UNLIKE
 
 
 def broken(steps: Sequence[Step]) -> list[Link]:
@@ -228,26 +224,12 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[str]:
             if key not in LONG:
                 yield from _flat(value, f"{above}{key}.")
         elif value is not None and value is not False and key not in LONG:
-            words = " ".join(map(str, value)) if isinstance(value, list) else _plain(value)
-            yield f"{above}{key} {words}"
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    try:
-        return Manifest.model_validate(read_json(path))
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"])) or "it"
-        raise UserError(f"{path}: no manifest of this pipeline ({key} is wrong); run `dvc repro`") from None
+            one = f"{value:g}" if isinstance(value, float) else value
+            yield f"{above}{key} {' '.join(map(str, value)) if isinstance(value, list) else one}"
 
 
 def read_lock() -> dict[str, Any]:
     """The stages in dvc.lock; none when there is no such file."""
-    from ruamel.yaml import YAML, YAMLError
-
     if not LOCK.is_file():
         return {}
     try:
@@ -255,17 +237,3 @@ def read_lock() -> dict[str, Any]:
         return {str(name): dict(entry) for name, entry in stages.items()}
     except (OSError, UnicodeDecodeError, YAMLError, TypeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{LOCK}: cannot be read; `git checkout {LOCK}` gives the committed one") from None
-
-
-def _md5_of(entries: Sequence[dict[str, Any]], path: str) -> str | None:
-    return next((one.get("md5") for one in entries if one.get("path") == path), None)
-
-
-def _digest(path: Path, kind: str) -> str:
-    try:
-        if kind == "sha256":
-            return sha256_file(path)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, kind).hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its owner and rights") from None

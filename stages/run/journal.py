@@ -1,9 +1,8 @@
-"""The journal of a long stage: an append-only file of finished records, with one writer and a checksum a line."""
+"""The journal of a long stage: an append-only file of finished records, with a checksum on every line."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import zlib
@@ -18,26 +17,18 @@ from stages.run.files import sync_folder
 class Journal:
     """Progress of one long stage: records that survive a kill at any moment.
 
-    Each line is `{"sum": "<crc32 of the body>", "record": <body>}`. Opening takes an exclusive lock
-    (one writer), drops a torn last line, and moves damaged lines to `<name>.damaged`, so that what
-    they held is done again. `records` then holds what is whole, by its `key` (the first one wins).
-    Used in a `with` block, it is closed however the block ends. Raises UserError when it cannot be written.
+    Each line is `{"sum": "<crc32 of the body>", "record": <body>}`. Opening drops a torn last line and moves damaged
+    lines to `<name>.damaged`, so that what they held is done again. `records` then holds the whole ones by id (the
+    first one wins). Used in a `with` block, it is closed however the block ends. The lock of the stage (stage.py)
+    sees to it that there is one writer. Raises UserError when the journal cannot be written.
     """
 
-    def __init__(self, path: Path, key: str = "id") -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.key = key
         self.records: dict[str, dict[str, Any]] = {}
         self.damaged = 0
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = path.with_name(path.name + ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"{path}: another run is writing it; wait for it, or end it") from None
-        with self._writing():
             self._recover()
             self._file = path.open("ab")
 
@@ -45,7 +36,11 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            self.flush()
+        finally:
+            with self._writing():
+                self._file.close()
 
     def _recover(self) -> None:
         if not self.path.exists():
@@ -57,7 +52,7 @@ class Journal:
             for line in lines:
                 record = self._parse(line)
                 if record is not None and line.endswith(b"\n"):
-                    self.records.setdefault(record[self.key], record)
+                    self.records.setdefault(record["id"], record)
                     whole.write(line)
                 elif line.endswith(b"\n") or b"\0" in line:  # zeros are what a power cut leaves, a kill never
                     self.damaged += 1
@@ -89,7 +84,7 @@ class Journal:
         try:
             envelope = json.loads(line.decode())
             body = json.dumps(envelope["record"], ensure_ascii=False)
-            whole = envelope["sum"] == f"{zlib.crc32(body.encode()):08x}" and self.key in envelope["record"]
+            whole = envelope["sum"] == f"{zlib.crc32(body.encode()):08x}" and "id" in envelope["record"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         return envelope["record"] if whole else None
@@ -99,7 +94,7 @@ class Journal:
         body = json.dumps(record, ensure_ascii=False)
         with self._writing():
             self._file.write(f'{{"sum": "{zlib.crc32(body.encode()):08x}", "record": {body}}}\n'.encode())
-        self.records[record[self.key]] = record
+        self.records[record["id"]] = record
 
     def flush(self) -> None:
         """Make everything added so far last through a power cut."""
@@ -113,14 +108,3 @@ class Journal:
             self._file.flush()
             self._file.truncate(0)
         self.records.clear()
-
-    def close(self) -> None:
-        """Flush and let the lock go."""
-        try:
-            self.flush()
-        finally:
-            try:
-                with self._writing():
-                    self._file.close()
-            finally:
-                self._lock.close()

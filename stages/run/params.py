@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
 
 from stages.run.errors import UserError
 from stages.run.paths import PARAMS, PROFILES
@@ -23,10 +24,7 @@ Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(gt=0, le=5)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-Revision = Annotated[
-    str, Field(pattern=r"^[0-9a-f]{40}$", description="a full commit hash, so that it cannot move")
-]
-Policy = Literal["base", "sft", "dpo"]
+Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a full commit hash, so that it cannot move
 
 
 class Section(BaseModel):
@@ -102,7 +100,7 @@ class Preference(Section):
 class Headline(Section):
     """Which policy's metrics are copied to metrics/headline.json."""
 
-    policy: Policy
+    policy: Literal["base", "sft", "dpo"]
 
 
 # ---- profiles/<profile>.yaml -------------------------------------------------------------------------
@@ -385,49 +383,41 @@ class Sections:
     def __init__(self, params: Params, names: tuple[str, ...]) -> None:
         self._params = params
         self.declared = names
-        self._names = (*names, "hardware", "profile")
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self._names:
+        if name not in (*self.declared, "hardware", "profile"):
             raise AttributeError(f"section '{name}' was not declared by this stage")
         return getattr(self._params, name)
 
     def read(self) -> dict[str, Any]:
         """The declared values that may change results, as plain data for manifest and fingerprint."""
         data = self._params.model_dump(mode="json")
-        return {name: data[name] for name in self._names if name not in ("hardware", "profile")}
+        return {name: data[name] for name in self.declared}
 
 
 def load_params(root: Path = Path()) -> Params:
     """Read and check `params.yaml` and its profile under `root`. Raises UserError with file, line and key."""
-    run, run_lines = _read_yaml(root / PARAMS)
-    for key in run:
+    run = _File(root, PARAMS)
+    for key in run.values:
         if key not in RUN_SECTIONS:
-            raise UserError(
-                f"params.yaml:{_line(run_lines, (key,))}: unknown key '{key}'; params.yaml holds "
-                f"{', '.join(RUN_SECTIONS)}, and what depends on the model is in profiles/"
-            )
-    profile = run.get("profile")
+            words = f"unknown key '{key}'; params.yaml holds {', '.join(RUN_SECTIONS)}"
+            raise run.error((key,), f"{words}, and what depends on the model is in profiles/")
+    profile = run.values.get("profile")
     profiles = sorted(path.stem for path in (root / PROFILES).glob("*.yaml"))
     if profile not in profiles:
-        raise UserError(
-            f"params.yaml:{_line(run_lines, ('profile',))}: profile: '{profile}' is unknown; "
-            f"choose one of {', '.join(profiles)}"
-        )
-    profile_file = (PROFILES / f"{profile}.yaml").as_posix()
-    model, model_lines = _read_yaml(root / profile_file)
-    for key in model:
+        words = f"profile: '{profile}' is unknown; choose one of {', '.join(profiles)}"
+        raise run.error(("profile",), words)
+    model = _File(root, PROFILES / f"{profile}.yaml")
+    for key in model.values:
         if key in RUN_SECTIONS:
-            raise UserError(f"{profile_file}:{_line(model_lines, (key,))}: '{key}' belongs in params.yaml")
+            raise model.error((key,), f"'{key}' belongs in params.yaml")
     try:
-        return Params.model_validate({**run, **model})
+        return Params.model_validate(run.values | model.values)
     except ValidationError as error:
         path, message = _explain(error.errors()[0])
-        where = "params.yaml" if path and path[0] in RUN_SECTIONS else profile_file
-        lines = run_lines if where == "params.yaml" else model_lines
         others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        key = ".".join(map(str, path))
-        raise UserError(f"{where}:{_line(lines, path)}: {key}: {message}{others}") from None
+        file = run if path and path[0] in RUN_SECTIONS else model
+        raise file.error(path, f"{'.'.join(map(str, path))}: {message}{others}") from None
 
 
 def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
@@ -448,35 +438,33 @@ def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
     return path, f"{error['msg'][:1].lower()}{error['msg'][1:]} (found {error['input']!r:.80})"
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], Any]:
-    """The plain values (YAML 1.2, as DVC reads them, so that 5e-6 is a number), and the tree with line numbers."""
-    from ruamel.yaml import YAML, YAMLError
+class _File:
+    """A parameter file: its plain values (YAML 1.2, as DVC reads them, so that 5e-6 is a number), and their lines."""
 
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = YAML(typ="rt").load(text)
-        values = YAML(typ="safe", pure=True).load(text)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold keys and values")
-    return values, tree
-
-
-def _line(tree: Any, path: tuple[Any, ...]) -> int:
-    """The 1-based line of the deepest key of `path` that exists."""
-    line = 1
-    for part in path:
+    def __init__(self, root: Path, name: Path) -> None:
+        self.name, path = name.as_posix(), root / name
         try:
-            place = tree.lc.key if hasattr(tree, "keys") else tree.lc.item
-            line = place(part)[0] + 1
-            tree = tree[part]
-        except (KeyError, IndexError, AttributeError, TypeError):
-            break
-    return line
+            text = path.read_text(encoding="utf-8")
+            self.tree = YAML(typ="rt").load(text)
+            self.values: dict[str, Any] = YAML(typ="safe", pure=True).load(text)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+        except YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        if not isinstance(self.values, dict):
+            raise UserError(f"{path}: must hold keys and values")
+
+    def error(self, path: tuple[Any, ...], message: str) -> UserError:
+        """An error at the line of the deepest key of `path` that exists."""
+        line, tree = 1, self.tree
+        for part in path:
+            try:
+                line = (tree.lc.key if hasattr(tree, "keys") else tree.lc.item)(part)[0] + 1
+                tree = tree[part]
+            except (KeyError, IndexError, AttributeError, TypeError):
+                break
+        return UserError(f"{self.name}:{line}: {message}")

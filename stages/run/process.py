@@ -10,9 +10,8 @@ import os
 import sys
 import warnings
 
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+OFFLINE = "HF_HUB_OFFLINE"  # transformers and datasets follow it too
 SILENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -33,9 +32,8 @@ def prepare_process(network: bool = False) -> None:
     os.environ.update(SILENT)
     for name, value in SAME_ARITHMETIC.items():
         os.environ.setdefault(name, value)
-    for name in OFFLINE:
-        if not network:
-            os.environ[name] = "1"
+    if not network:
+        os.environ[OFFLINE] = "1"
     _keep_freed_memory()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
@@ -55,7 +53,7 @@ def fix_arithmetic(threads: int | None, seed: int) -> None:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # filling only costs time; nothing reads such memory
+        False  # it costs time, and nothing reads such memory
     )
     torch.manual_seed(seed)
 

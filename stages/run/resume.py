@@ -6,16 +6,15 @@ import os
 import shutil
 from pathlib import Path
 
+from stages.run.files import sync_files
+
 TRAINER = "trainer"  # folder of the checkpoints, in the run's work folder
 COMPLETE = "complete"  # file written into a checkpoint once all of it is on the disk
 
 
 def mark_complete(checkpoint: Path) -> None:
     """Mark a checkpoint as complete, after all its files are safe on the disk."""
-    for path in checkpoint.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    sync_files(checkpoint)
     (checkpoint / COMPLETE).touch()
 
 

@@ -4,7 +4,7 @@
         ...  # run.params.regime_w, run.work, run.progress(...)
 
 The manifest (sha256 of inputs and outputs, the parameters read) lies in an output folder or beside the first output
-file. It holds nothing that differs between identical runs. Durations, versions and the host go to `.work/runs/`.
+file. It holds nothing that differs between identical runs. Time and memory go to `.work/runs/`.
 
 Half-done work lies in `.work/<stage>/<fingerprint>/`. The fingerprint covers the parameters, the inputs, and the code
 that dvc.yaml lists for the stage. So a stage goes on after a kill unless one of these has changed.
@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,22 +40,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MANIFEST = "manifest.json"
-NOTED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "dvc")
+NOTED_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm", "dvc")
 
 
+@dataclass(eq=False)
 class StageRun:
     """One run of one stage: its parameters, its scratch folder, its progress display."""
 
-    def __init__(self, name: str, params: Sections, work: Path, console: Console) -> None:
-        self.name = name
-        self.params = params
-        self.work = work
-        self.console = console
-        self.facts: dict[str, Any] = {}
-
-    def description(self) -> dict[str, Any]:
-        """The run as plain data, from which another process can rebuild it."""
-        return {"name": self.name, "work": str(self.work), "sections": self.params.declared}
+    name: str
+    params: Sections
+    work: Path
+    console: Console
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def say(self, message: str) -> None:
         """Print one line about what the stage did."""
@@ -65,7 +62,6 @@ class StageRun:
         """The stage's journal with what an earlier run finished; reports damaged records."""
         with Journal(self.work / "journal.jsonl") as journal:
             if journal.damaged:
-                self.facts["damaged_records"] = journal.damaged
                 self.say(
                     f"{journal.damaged:,} damaged records of an earlier run set aside in "
                     f"{journal.path}.damaged; they are done again"
@@ -80,8 +76,7 @@ class StageRun:
         """
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        started, last_line = time.monotonic(), time.monotonic()
-        count = done
+        started = last_line = time.monotonic()
         with Progress(
             TextColumn(f"[bold]{self.name}[/bold]  {what}"),
             BarColumn(),
@@ -95,9 +90,8 @@ class StageRun:
             task = bar.add_task(what, total=total, completed=done, rate="", note="")
 
             def advance(n: int = 1, note: str = "") -> None:
-                nonlocal count, last_line
-                count += n
-                now = time.monotonic()
+                nonlocal last_line
+                now, count = time.monotonic(), bar.tasks[0].completed + n
                 rate = (count - done) / max(now - started, 1e-9)
                 bar.update(task, advance=n, rate=f"{rate:,.1f}/s", note=note)
                 if not self.console.is_terminal and now - last_line > 30:
@@ -128,6 +122,7 @@ def stage_run(
     from rich.console import Console
 
     end_with_parent()
+    leave_on_sigterm()
     label = f"{name}@{variant}" if variant else name
     params = Sections(load_params(), sections)
     inputs_seen = {path.as_posix(): _fingerprint_input(path) for path in inputs}
@@ -141,10 +136,9 @@ def stage_run(
         _make_way(outputs)
         run = StageRun(label, params, WORK / label / fingerprint, console)
         started, when = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with leave_on_sigterm(), name_full_disk(label, WORK):
+        with name_full_disk(label, WORK):
             yield run
-        missing = [path.as_posix() for path in outputs if not path.exists()]
-        if missing:
+        if missing := [path.as_posix() for path in outputs if not path.exists()]:
             raise RuntimeError(f"{label} ended without writing {', '.join(missing)}")
         write_manifest(identity, outputs)
         _note_facts(run, when, time.monotonic() - started)
@@ -219,29 +213,21 @@ def _make_way(outputs: Sequence[Path]) -> None:
 
 
 def _note_facts(run: StageRun, when: str, seconds: float) -> None:
-    versions = {}
-    for package in NOTED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
+    revision = None
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     facts = {
         "stage": run.name,
         "started": when,
         "seconds": round(seconds, 3),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "python": platform.python_version(),
+        "revision": revision,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "revision": _git_revision(),
-        "versions": versions,
+        "versions": {one.name: one.version for one in metadata.distributions() if one.name in NOTED_PACKAGES},
         **run.facts,
     }
     write_json(WORK / "runs" / f"{when.replace(':', '')}-{run.name}.json", facts)
-
-
-def _git_revision() -> str | None:
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
-    with contextlib.suppress(OSError):  # no git on this machine
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    return None
 
 
 def last_runs() -> list[dict[str, Any]]:

@@ -59,7 +59,8 @@ def main(
     params = load_params()
     check_checkpoints(policy)
     console = new_console()
-    with leave_on_sigterm(), _in_one_line(folder):
+    leave_on_sigterm()
+    with _in_one_line(folder):
         _check_folder(folder, force)
         history = History()
         _check_weights(policy, history)

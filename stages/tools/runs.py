@@ -9,10 +9,7 @@ from stages.tools.show import new_console, new_table
 
 
 def main() -> None:
-    """Print the noted runs, oldest first.
-
-    Raises UserError when nothing ran yet.
-    """
+    """Print the noted runs, oldest first. Raises UserError when nothing ran yet."""
     runs = last_runs()
     if not runs:
         raise UserError(f"{WORK}/runs: no stage has run on this machine yet; run `dvc repro`")

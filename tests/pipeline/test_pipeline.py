@@ -313,17 +313,6 @@ def test_check_passes_and_shows_the_first_prompts(small_run: Project) -> None:
     assert "OK" in shown
 
 
-def test_a_mistake_is_one_line_and_stops_before_any_work(copy_run: Callable[[], Project]) -> None:
-    project = copy_run()
-    project.update("profiles/tiny.yaml", {"dpo.learning_rate": "fast"})
-    for command in ("check", "coherence"):
-        done = project.stages(command, check=False)
-        assert done.returncode == 1
-        assert re.fullmatch(r"error: profiles/tiny\.yaml:\d+: dpo\.learning_rate: .+\n", done.stderr), (
-            done.stderr
-        )
-
-
 # ---- speed, network ----------------------------------------------------------------------------------
 
 

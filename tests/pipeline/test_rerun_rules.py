@@ -134,17 +134,6 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
     assert project.status() == {}
 
 
-def test_log_level_and_devices_rerun_nothing(project: Project) -> None:
-    """They come from the environment, on which no stage depends."""
-    loud = {
-        "TRANSFORMERS_VERBOSITY": "debug",
-        "CUDA_VISIBLE_DEVICES": "0,1",
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "7",
-    }
-    assert project.status(**loud) == {}
-
-
 def test_the_headline_policy_reruns_the_copying_alone(project: Project) -> None:
     """So `dvc exp run -S headline.policy=sft` takes seconds."""
     project.update("params.yaml", {"headline.policy": "sft"})

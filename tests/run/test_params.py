@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.run.errors import UserError
-from stages.run.params import BuiltModel, FilesData, GeneratedData, Sections, load_params
+from stages.run.params import BuiltModel, GeneratedData, Sections, load_params
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
 RUN = (SMALL / "params.yaml").read_text()
@@ -55,16 +55,6 @@ def test_right_files_are_read_as_they_stand(tmp_path: Path) -> None:
     assert list(params.rollout.arms) == ["one", "two"]
 
 
-def test_data_source_chooses_the_keys(tmp_path: Path) -> None:
-    """`files` takes paths, where `generated` takes counts."""
-    files = change(
-        PROFILE, "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", FILES
-    )
-    data = load_params(write(tmp_path, profile=files)).data
-    assert data == FilesData(source="files", train="a.jsonl", platinum="b.jsonl", valid=5)
-
-
-FILES = "source: files\n  train: a.jsonl\n  platinum: b.jsonl\n  valid: 5"
 HUB = """source: hub
   train: {id: openai/gsm8k, config: main, split: train, revision: main}
   platinum: {id: madrylab/gsm8k-platinum, config: main, split: test, revision: main}
@@ -76,14 +66,12 @@ PROFILE_MISTAKES = {
         "  epoch:",
         "sft.epoch: unknown key",
     ),
-    "unknown section": (("hardware:", "sfft: 1\nhardware:"), "sfft:", "sfft: unknown key"),
     "nested key": (("dropout: 0.05}", "dropout: 0.05, rank: 3}"), "  lora:", "sft.lora.rank: unknown key"),
     "wrong type": (
         ("5e-4", "fast"),
         "  learning_rate: fast",
         "sft.learning_rate: input should be a valid number",
     ),
-    "number as text": (("examples: 20", 'examples: "20"'), "  examples:", "sft.examples: input should be"),
     "a truth value is no number": (("epochs: 1", "epochs: true"), "  epochs: true", "sft.epochs: "),
     "infinite": (("5e-4", ".inf"), "  learning_rate: .inf", "sft.learning_rate: "),
     "out of range": (("top_p: 1.0}", "top_p: 1.5}"), "    one:", "rollout.arms.one.top_p: "),
