@@ -10,6 +10,7 @@ the summed log-probability divided by the tokens. bench/cpu.py and bench/gpu.py 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from pathlib import Path
 
 from common import ROOT, machine, new_parser, note, print_table, versions
 
-from stages.launch.devices import vllm_installed
 from stages.policy.request import Completion, Engine, Request, request_seed
 from stages.run.files import read_jsonl
 from stages.run.params import load_params
@@ -67,7 +67,7 @@ def main() -> None:
         "transformers": lambda: in_memory(256),
         "transformers, 16 rows at once": lambda: in_memory(16),
     }
-    if vllm_installed():
+    if importlib.util.find_spec("vllm"):
         engines["vllm"] = lambda: VllmEngine(adapter)
     wanted: dict[str, Completion] = {}
     rows = []

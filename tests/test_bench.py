@@ -25,6 +25,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu")
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_a_bench_fits_the_code_it_measures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody runs most of them for months; a name that they import must not go unnoticed."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    importlib.import_module(name)
+
+
 def test_flops_are_those_that_torch_counts(gpu: ModuleType) -> None:
     """Forward and LoRA's backward; torch counts all of the plain attention, the bench its causal half."""
     lora = SimpleNamespace(r=8, alpha=16, dropout=0.0)

@@ -247,9 +247,8 @@ def training_rows(
     """`rows_and_checkpointing` for this process, with the model in memory and rows of at most `longest` tokens."""
     device, adapter = own_device(hardware), model.peft_config["default"]
 
-    def need(
-        checkpointing: bool,
-    ) -> Need:  # not asked for when the profile gives numbers, so any model will do then
+    # Not called when the profile gives numbers, so that a model of any kind can be trained then.
+    def need(checkpointing: bool) -> Need:
         dropout = adapter.lora_dropout > 0
         return training_need(_shape(model), spec, longest, adapter.r, dropout, checkpointing, device.cuda)
 

@@ -163,7 +163,7 @@ class History:
 
     def _locked(self, stage: str, kind: str) -> dict[str, str]:
         """The sums that dvc.lock has of what a stage read (`deps`) or wrote (`outs`), as "md5:..."."""
-        return {one["path"]: f"md5:{one['md5']}" for one in self._lock.get(stage, {}).get(kind, [])}
+        return {one["path"]: f"md5:{one.get('md5')}" for one in self._lock.get(stage, {}).get(kind, [])}
 
     def _hash(self, path: str, kind: str = "sha256") -> str | None:
         """The hash of a file, or of a folder's manifest; None when it is not here."""
