@@ -1,4 +1,4 @@
-"""Make the base model: trained on the spot, downloaded from the hub at a pinned revision, or read from a folder.
+"""Make the base model: the shipped one, or one from the hub at a pinned revision, from a folder, or built anew.
 
 In each case `checkpoints/base/` holds safetensors in one precision, the config, and a tokenizer whose pad token differs
 from its end token. Small files are fetched and checked first, so that a wrong config, tokenizer or index, or a disk
@@ -23,33 +23,32 @@ from stages.checkpoint.source import SMALL_FILES, Folder, Source, check_room, we
 from stages.checkpoint.weights import MB
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder
-from stages.run.params import BuiltModel, DirectoryModel, HubModel
-from stages.run.paths import BASE
+from stages.run.params import BuiltModel, DirectoryModel, HubModel, ShippedModel
+from stages.run.paths import BASE, SHIPPED
 from stages.run.process import fix_arithmetic
 from stages.run.stage import StageRun, stage_run
-from stages.tiny.model import build_model
+from stages.tiny.model import pretrain
 
 
 def main() -> None:
     """Make `checkpoints/base/`."""
     with stage_run("base", sections=("model",), inputs=[], outputs=[BASE]) as run:
         spec = run.params.model
-        if isinstance(spec, BuiltModel):
-            build(run, spec)
-        else:
-            from_hub = isinstance(spec, HubModel)
-            take(run, spec, Repository(spec, run.say) if from_hub else Folder(Path(spec.path)))
+        if isinstance(spec, ShippedModel | BuiltModel):
+            folder = build(run, spec) if isinstance(spec, BuiltModel) else SHIPPED
+            spec = DirectoryModel(source="directory", path=str(folder), dtype="float32")
+        from_hub = isinstance(spec, HubModel)
+        take(run, spec, Repository(spec, run.say) if from_hub else Folder(Path(spec.path)))
 
 
-def build(run: StageRun, spec: BuiltModel) -> None:
-    """Train the tiny model from scratch."""
+def build(run: StageRun, spec: BuiltModel) -> Path:
+    """Train a small model from scratch, as the shipped one was; returns its folder."""
     fix_arithmetic(run.params.hardware.threads, spec.seed)
+    folder = run.work / "built"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     with run.progress("pre-training", spec.corpus.problems, "problems") as advance:
-        network, tokenizer = build_model(spec, advance)
-    with atomic_folder(BASE) as folder:
-        network.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    run.say(f"built: {sum(p.numel() for p in network.parameters()):,} parameters, {len(tokenizer):,} tokens")
+        pretrain(spec, folder, advance)
+    return folder
 
 
 def take(run: StageRun, spec: HubModel | DirectoryModel, source: Source) -> None:
@@ -84,7 +83,7 @@ def take(run: StageRun, spec: HubModel | DirectoryModel, source: Source) -> None
         for path in converted:
             put(path, folder / path.name)
         weights.write_index(folder, converted, pieces, parameters)
-    run.say(f"converted to {spec.dtype} safetensors: {parameters:,} parameters")
+    run.finish(f"converted to {spec.dtype} safetensors: {parameters:,} parameters")
 
 
 @contextlib.contextmanager

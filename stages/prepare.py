@@ -11,7 +11,6 @@ removal is counted in `metrics/data.json`. A generated row with a deliberately w
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,7 +21,7 @@ from stages.run.params import FilesData, GeneratedData, HubData, HubDataset, loa
 from stages.run.paths import DATA_METRICS, PROBLEMS
 from stages.run.stage import stage_run
 from stages.text.rows import FIELDS, GRAM, Cleaner, Overlap, Row, checked_row
-from stages.tiny.problems import Split, mislabelled, problems
+from stages.tiny.problems import Split, labelled
 
 
 def main() -> None:
@@ -32,9 +31,8 @@ def main() -> None:
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; data.train and data.platinum name JSONL files")
-    with stage_run(
-        "prepare", sections=("data", "seed"), inputs=inputs, outputs=[PROBLEMS, DATA_METRICS]
-    ) as run:
+    outputs = [PROBLEMS, DATA_METRICS]
+    with stage_run("prepare", sections=("data", "seed"), inputs=inputs, outputs=outputs) as run:
         splits, counts = make_splits(data, run.params.seed)
         with atomic_folder(PROBLEMS) as folder:
             for name, rows in splits.items():
@@ -46,9 +44,10 @@ def main() -> None:
             f"with {GRAM} words in a row from Platinum": counts["overlap_13gram"],
         }
         what = ", ".join(f"{n} {why}" for why, n in removed.items() if n) or "nothing"
-        run.say(", ".join(f"{len(rows):,} {name}" for name, rows in splits.items()) + f"; removed: {what}")
         if conflicts := counts["conflicting_golds"]:
             run.say(f"{conflicts} doubled questions had another answer; the first one was kept")
+        sizes = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
+        run.finish(f"{sizes}; removed: {what}")
 
 
 def make_splits(
@@ -56,13 +55,15 @@ def make_splits(
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """The rows of train, valid and platinum, and the counts for `metrics/data.json`.
 
-    The generator makes as many rows as are wanted. From other sources, `data.valid` rows are taken out of train. What
-    was read or removed is counted for train and valid together. Raises UserError for an unusable row, or when too few
-    rows are left.
+    The generator makes as many rows as are wanted; from other sources, `data.valid` rows are taken out of train. Train
+    and valid are counted together. Raises UserError for an unusable row, or when too few rows are left.
     """
     if isinstance(data, GeneratedData):
         platinum_cleaner = Cleaner()
-        platinum = list(islice(platinum_cleaner.clean(_generated("platinum", seed)), data.platinum))
+        made = platinum_cleaner.clean(
+            _generated("platinum", 0)
+        )  # whatever the seed, as the real Platinum is one
+        platinum = list(islice(made, data.platinum))
         cleaner = Cleaner(Overlap(platinum))
         train = list(islice(cleaner.clean(_generated("train", seed, data.wrong_labels)), data.train))
         valid = list(islice(cleaner.clean(_generated("valid", seed)), data.valid))
@@ -109,12 +110,9 @@ def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
 
 
 def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[Row]:
-    for place, problem in enumerate(problems(split, seed)):
-        rng = random.Random(f"{seed}/{split}/label/{place}")
-        planted = rng.random() < wrong_labels
-        answer = mislabelled(problem, rng) if planted else problem.answer
-        where = f"generated {split} problem {place}"
-        row = checked_row(f"{split}-{place:05d}", problem.question, answer, where)
+    for place, (problem, answer, planted) in enumerate(labelled(split, seed, wrong_labels)):
+        name = f"{split}-{place:05d}"
+        row = checked_row(name, problem.question, answer, f"generated problem {name}")
         yield {**row, "planted": True} if planted else row
 
 

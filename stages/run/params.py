@@ -110,9 +110,10 @@ class Corpus(Section):
     """The text a built base model is trained on, and how."""
 
     problems: Positive
-    prompts: dict[Literal["plain", "direct"], str]
-    direct_share: Share
+    prompts: dict[Literal["plain", "changes", "short", "adding"], str]
+    shares: dict[Literal["plain", "changes", "short", "adding"], Share]
     confused_share: Share
+    other_share: Share
     slip_share: Share
     batch: Positive
     learning_rate: Rate
@@ -140,8 +141,14 @@ class Architecture(Section):
         return self
 
 
+class ShippedModel(Section):
+    """The small model that lies in this repository, in `stages/tiny/base/`."""
+
+    source: Literal["shipped"]
+
+
 class BuiltModel(Section):
-    """A small model trained from scratch by the `base` stage."""
+    """A small model trained from scratch, as the shipped one was."""
 
     source: Literal["build"]
     seed: Count
@@ -341,6 +348,7 @@ class Hardware(Section):
     generation_batch: Positive | Auto
     per_device_batch: Positive | Auto
     gradient_checkpointing: bool | Auto
+    seconds: dict[str, Rate] = {}  # what each stage took somewhere, to say how long a first run will take
 
 
 class Params(Section):
@@ -351,7 +359,7 @@ class Params(Section):
     regime_w: RegimeW
     preference: Preference
     headline: Headline
-    model: Annotated[BuiltModel | HubModel | DirectoryModel, Field(discriminator="source")]
+    model: Annotated[ShippedModel | BuiltModel | HubModel | DirectoryModel, Field(discriminator="source")]
     data: Annotated[GeneratedData | HubData | FilesData, Field(discriminator="source")]
     prompt: Prompt
     sft: Sft

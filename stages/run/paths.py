@@ -24,6 +24,7 @@ PAIRS = Path("data/coherence_preferences.jsonl")
 PLATINUM_EVAL = Path("data/platinum_eval")  # <policy>.jsonl: the answers of each policy
 
 # Checkpoints
+SHIPPED = ROOT / "stages/tiny/base"  # the base model that lies in this repository
 BASE = Path("checkpoints/base")
 SFT_ADAPTER = Path("checkpoints/sft_lora")
 DPO_ADAPTER = Path("checkpoints/dpo_coherence_lora")

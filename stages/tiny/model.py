@@ -1,38 +1,69 @@
-"""Trains the default model from scratch: a Mistral-shaped network of about a million parameters.
+"""Trains the default model from scratch: a Mistral-shaped network of less than a million parameters.
 
-It is pre-trained on generated problems. Some of their solutions hold systematic mistakes, as text from the web does,
-so that there is something for SFT and DPO to improve.
+    pretrain(settings, folder, advance)   ->  folder/{config,tokenizer,record}.json, model.safetensors, ...
+
+It is trained on solutions of generated problems. Some of them hold systematic mistakes, as text from the web does, so
+that there is something for SFT and DPO to improve. The folder `base/` beside this file is what `pretrain` once wrote;
+its record says from which settings.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from stages.run.errors import UserError
+from stages.run.files import read_json, sha256_file, write_json
 from stages.run.params import BuiltModel
-from stages.tiny.problems import Style, mistaken, problems
+from stages.tiny.problems import mistaken, problems
 
+RECORD = "record.json"
+TOKENIZER_TEXTS = 4000  # the tokenizer is made from the first of the texts
 Text = tuple[str, str]  # filled prompt, solution
 
 
-def corpus(model: BuiltModel) -> list[Text]:
-    """The pre-training text: distinct problems of the corpus split, in both styles, some with mistakes."""
+def pretrain(model: BuiltModel, folder: Path, advance: Callable[[int, str], None]) -> None:
+    """Train tokenizer and network into `folder`; `advance(problems, note)` is called after each step.
+
+    The weights are kept in bf16, half the size of what was trained. `record.json` holds the settings and the sha256
+    of every other file.
+    """
+    network, tokenizer = build_model(model, advance)
+    network.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    files = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.name != RECORD}
+    write_json(folder / RECORD, {"settings": model.model_dump(mode="json"), "files": files})
+
+
+def recorded_settings(record: Path) -> BuiltModel:
+    """The settings from which a model was made. Raises UserError when the file is no record of one."""
+    try:
+        return BuiltModel.model_validate(read_json(record)["settings"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(
+            f"{record}: is no record of a small model ({' '.join(str(error).split()):.200})"
+        ) from None
+
+
+def corpus(model: BuiltModel) -> Iterator[Text]:
+    """The pre-training text: distinct problems of the corpus split, in all styles, some solved with mistakes."""
     spec = model.corpus
     rng = random.Random(f"{model.seed}/mistakes")
-    texts = []
     for problem in islice(problems("corpus", model.seed), spec.problems):
-        style: Style = "direct" if rng.random() < spec.direct_share else "plain"
+        style = rng.choices(list(spec.shares), list(spec.shares.values()))[0]
         prompt = spec.prompts[style].replace("{question}", problem.question)
-        texts.append((prompt, mistaken(problem, style, rng, spec.confused_share, spec.slip_share)))
-    return texts
+        shares = (spec.confused_share, spec.other_share, spec.slip_share)
+        yield prompt, mistaken(problem, style, rng, *shares)
 
 
-def build_tokenizer(model: BuiltModel, texts: list[Text]) -> PreTrainedTokenizerFast:
+def build_tokenizer(model: BuiltModel, texts: Iterable[Text]) -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every digit is a token. The pad token is not the end token."""
     tokenizer = Tokenizer(models.BPE())
     split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -44,7 +75,9 @@ def build_tokenizer(model: BuiltModel, texts: list[Text]) -> PreTrainedTokenizer
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((prompt + solution for prompt, solution in texts[:4000]), trainer)
+    tokenizer.train_from_iterator(
+        (prompt + solution for prompt, solution in islice(texts, TOKENIZER_TEXTS)), trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )
@@ -54,7 +87,7 @@ def build_model(
     model: BuiltModel, advance: Callable[[int, str], None]
 ) -> tuple[MistralForCausalLM, PreTrainedTokenizerFast]:
     """Train tokenizer and network; `advance(problems, note)` is called after each step."""
-    texts = corpus(model)
+    texts = list(corpus(model))
     tokenizer = build_tokenizer(model, texts)
     shape, spec = model.architecture, model.corpus
     torch.manual_seed(model.seed)
@@ -73,15 +106,10 @@ def build_model(
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    rows = [
-        [
-            tokenizer.bos_token_id,
-            *tokenizer.encode(prompt),
-            *tokenizer.encode(solution),
-            tokenizer.eos_token_id,
-        ]
-        for prompt, solution in texts
-    ]
+    rows = []
+    for prompt, solution in texts:
+        before = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+        rows.append((before, [*tokenizer.encode(solution), tokenizer.eos_token_id]))
     steps = len(rows) // spec.batch
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -90,8 +118,7 @@ def build_model(
         optimizer, lambda n: _warmup_then_decay(n, spec.warmup_steps, steps)
     )
     network.train()
-    for input_ids, attention_mask in _batches(rows, spec.batch, tokenizer.pad_token_id, model.seed):
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
+    for input_ids, attention_mask, labels in _batches(rows, spec.batch, tokenizer.pad_token_id, model.seed):
         loss = network(
             input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False
         ).loss
@@ -111,23 +138,29 @@ def _warmup_then_decay(step: int, warmup: int, steps: int) -> float:
 
 
 def _batches(
-    rows: list[list[int]], size: int, pad: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded batches of rows of similar length, in a shuffled order. The last incomplete batch is left out."""
+    rows: list[tuple[list[int], list[int]]], size: int, pad: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Right-padded tokens, mask and labels of rows of similar length, in a shuffled order; no incomplete batch.
+
+    The prompt carries no loss: what the numbers of a story are cannot be learnt.
+    """
     rng = random.Random(f"{seed}/batches")
     order = list(range(len(rows)))
     rng.shuffle(order)
+    lengths = [len(before) + len(after) for before, after in rows]
     pool = size * 32  # sorting by length within a pool saves padding, and the order stays random
     batches = []
     for start in range(0, len(order), pool):
-        chunk = sorted(order[start : start + pool], key=lambda i: len(rows[i]))
+        chunk = sorted(order[start : start + pool], key=lengths.__getitem__)
         batches += [chunk[i : i + size] for i in range(0, len(chunk) - size + 1, size)]
     rng.shuffle(batches)
     for batch in batches:
-        width = max(len(rows[i]) for i in batch)
-        input_ids = torch.full((size, width), pad)
+        width = max(lengths[i] for i in batch)
+        input_ids, labels = torch.full((size, width), pad), torch.full((size, width), -100)
         mask = torch.zeros((size, width), dtype=torch.long)
         for row, i in enumerate(batch):
-            input_ids[row, : len(rows[i])] = torch.tensor(rows[i])
-            mask[row, : len(rows[i])] = 1
-        yield input_ids, mask
+            before, after = rows[i]
+            input_ids[row, : lengths[i]] = torch.tensor(before + after)
+            labels[row, len(before) : lengths[i]] = torch.tensor(after)
+            mask[row, : lengths[i]] = 1
+        yield input_ids, mask, labels

@@ -32,9 +32,10 @@ from stages.run.params import (
     HubModel,
     Params,
     Sft,
+    ShippedModel,
     load_params,
 )
-from stages.run.paths import BASE, TRAIN, WORK
+from stages.run.paths import BASE, SHIPPED, TRAIN, WORK
 from stages.run.stage import MANIFEST
 from stages.text.prompts import completion_text, prompt_messages, prompt_text
 from stages.tools.show import EXAMPLE, new_console, new_table, raise_first
@@ -192,7 +193,10 @@ def find_shape(params: Params) -> Shape | None:
     if isinstance(model, BuiltModel):
         return memory.shape_of_built(model)
     places = [BASE / "config.json"] if _base_is_made(params) else []
-    if isinstance(model, HubModel):
+    dtype = "float32" if isinstance(model, ShippedModel) else model.dtype
+    if isinstance(model, ShippedModel):
+        places.append(SHIPPED / "config.json")
+    elif isinstance(model, HubModel):
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
@@ -201,7 +205,7 @@ def find_shape(params: Params) -> Shape | None:
         places.append(Path(model.path) / "config.json")
     for place in places:
         if place.is_file():
-            return memory.shape_of_config({**read_json(place), "dtype": model.dtype}, str(place))
+            return memory.shape_of_config({**read_json(place), "dtype": dtype}, str(place))
     return None
 
 
