@@ -2,11 +2,16 @@
 
 Requests are batched by prompt length, and a finished row leaves its batch. The batches follow from the whole list of
 requests, so a resumed run computes the same numbers as one that was never interrupted.
+
+On a processor, a small model takes as many batches at once as it has threads, each computed by one thread: its matrices
+are too small to be shared out. So the number of threads does not change what comes out.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -18,6 +23,7 @@ from stages.policy.draw import Draws
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
 
+SMALL = 64 << 20  # bytes; a larger model's weights would be read from memory once for each batch
 LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
 
 
@@ -42,15 +48,61 @@ class TransformersEngine:
         """See `Engine.generate`. Same bytes for the same list of requests on the same kind of processor."""
         requests = list(requests)
         size = self.batch if isinstance(self.batch, int) else self.batch(*_longest(requests))
+        # A batch partly done is computed whole, because its rows share the arithmetic.
+        todo = [one for one in batches(requests, size) if any(request.id not in done for request in one)]
         training = self.model.training
         self.model.eval()
         try:
-            for batch in batches(requests, size):
-                # A batch partly done is computed whole, because its rows share the arithmetic.
-                if any(request.id not in done for request in batch):
-                    yield from (one for one in self._fitting(batch) if one.id not in done)
+            small = self.model.device.type == "cpu" and self.model.get_memory_footprint() <= SMALL
+            completions = self._side_by_side(todo) if small else self._in_turn(todo)
+            yield from (one for one in completions if one.id not in done)
         finally:
             self.model.train(training)
+
+    def _in_turn(self, todo: Iterable[Sequence[Request]]) -> Iterator[Completion]:
+        for batch in todo:
+            yield from self._fitting(batch)
+
+    def _side_by_side(self, todo: Sequence[Sequence[Request]]) -> Iterator[Completion]:
+        """Complete several batches at once, one a thread."""
+        count = torch.get_num_threads()
+        waiting, results = iter(todo), SimpleQueue[Completion | BaseException | None]()
+        lock, stopped = threading.Lock(), threading.Event()
+
+        def work() -> None:
+            torch.set_num_threads(1)  # for what this thread computes
+            try:
+                while not stopped.is_set():
+                    with lock:
+                        batch = next(waiting, None)
+                    if batch is None:
+                        break
+                    for completion in self._fitting(batch):
+                        results.put(completion)
+                        if stopped.is_set():
+                            break
+                results.put(None)
+            except BaseException as error:
+                results.put(error)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(count, len(todo)))]
+        try:
+            for thread in threads:
+                thread.start()
+            working = len(threads)
+            while working:
+                one = results.get()
+                if isinstance(one, BaseException):
+                    raise one
+                if one is None:
+                    working -= 1
+                else:
+                    yield one
+        finally:
+            stopped.set()
+            for thread in threads:
+                thread.join()
+            torch.set_num_threads(count)
 
     def _fitting(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Complete a batch. If it does not fit into memory, keep what is finished and do the rest in halves."""

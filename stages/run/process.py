@@ -23,14 +23,18 @@ SILENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
-# Every x86-64 processor uses the same instruction set, so that sums round alike; AVX-512 would be a little faster.
-SAME_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+DEFAULTS = {
+    # Idle threads of OpenMP sleep. Otherwise they spin, and two programs on the same cores stop each other.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # MKL's sums do not depend on where in memory the numbers lie, so a second run gives the same bytes.
+    "MKL_CBWR": "AUTO",
+}
 
 
 def prepare_process(network: bool = False) -> None:
     """Set the environment variables that libraries read. `network` leaves the hub reachable (prepare and base only)."""
     os.environ.update(SILENT)
-    for name, value in SAME_ARITHMETIC.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     if not network:
         os.environ[OFFLINE] = "1"
