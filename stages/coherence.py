@@ -60,7 +60,7 @@ def main(
         summary = total.summary()
         write_json(metrics, summary)
         write_plots(plots, total)
-        run.say(
+        run.finish(
             f"{summary['questions']:,} questions, {summary['trajectories']:,} trajectories, "
             f"{summary['accuracy']:.1%} correct, mean s_wm {summary['signals']['s_wm']:.3f}; "
             f"{summary['equations']['read']:,} equations read, {summary['equations']['skipped']:,} skipped"

@@ -117,7 +117,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
     with atomic_folder(DPO_ADAPTER) as folder:
         save_adapter(read_adapter(selection.folder(best["step"])), config, folder)
     kept = f"step {best['step']}" if best["step"] else "the SFT adapter: no step was better on validation"
-    run.say(
+    run.finish(
         f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}"
     )
 

@@ -68,7 +68,7 @@ def main(policy: str) -> None:
         metrics = summarise(rows, seed)
         write_json(details_file, metrics)
         write_json(metrics_file, {name: metrics[name] for name in headline_names(spec.samples)})
-        run.say(f"{metrics['accuracy']:.1%} of {len(rows):,} questions answered right")
+        run.finish(f"{metrics['accuracy']:.1%} of {len(rows):,} questions answered right")
 
 
 def headline_names(samples: int) -> list[str]:

@@ -44,4 +44,4 @@ def main(metrics: Path = PLATINUM_METRICS, out: Path = HEADLINE, plot: Path = HE
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["metric", "share"])
             writer.writerows(shares)
-        run.say(f"{policy}: {values['accuracy']:.1%} of the greedy answers are correct")
+        run.finish(f"{policy}: {values['accuracy']:.1%} of the greedy answers are correct")

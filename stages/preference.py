@@ -32,7 +32,7 @@ def main(rollouts: Path = SCORED, out: Path = PAIRS, metrics: Path = PREFERENCE_
         write_jsonl(out, pairs)
         write_json(metrics, summary)
         counts = ", ".join(f"{summary[kind]['pairs']:,} {kind}" for kind in KINDS)
-        run.say(
+        run.finish(
             f"{counts} pairs from {summary['questions']:,} questions; "
             f"chosen minus rejected: {summary['length_difference']:+.1f} in length"
         )

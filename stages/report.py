@@ -59,10 +59,10 @@ def main() -> None:
         facts = page_facts(policies, comparisons, rows)
         with atomic_write(PAGE) as file:
             file.write(render(facts))
-        for sentence in facts["verdicts"][:1]:
-            run.say(f"{sentence['title']}, greedy: {sentence['greedy']}")
         for warning in [*facts["warnings"], *facts["disagreements"]]:
             run.say(f"WARNING {warning}")
+        verdict = "".join(f": {one['title']}, greedy: {one['greedy']}" for one in facts["verdicts"][:1])
+        run.finish(f"{PAGE}{verdict}")
 
 
 def write_policies(policies: Mapping[str, Mapping[str, Any]]) -> None:

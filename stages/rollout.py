@@ -83,7 +83,7 @@ def main() -> None:
                 bandit.learn(map(verdicts, read_jsonl(path)))
 
         join_files(rounds, ROLLOUTS)
-        run.say(f"{len(picked):,} questions, {total:,} trajectories")
+        run.finish(f"{len(picked):,} questions, {total:,} trajectories")
 
 
 def pick_questions(size: int, count: int | None, seed: int) -> Sequence[int]:

@@ -95,7 +95,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
     with atomic_folder(SFT_ADAPTER) as folder:
         save_adapter(adapter_weights(model), adapter_config(model), folder)
     skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
-    run.say(
+    run.finish(
         f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}"
     )
 

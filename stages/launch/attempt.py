@@ -60,7 +60,12 @@ def call(entry: str, run: StageRun, most: int | None) -> bool:
 def order_for(entry: str, run: StageRun, most: int | None) -> dict[str, Any]:
     """What another process must be told to take part in an attempt. Forgets how an earlier attempt ended."""
     (run.work / END).unlink(missing_ok=True)
-    described = {"name": run.name, "work": str(run.work), "sections": run.params.declared}
+    described = {
+        "name": run.name,
+        "work": str(run.work),
+        "sections": run.params.declared,
+        "started": run.started,
+    }
     return {"entry": entry, "most": most, **described}
 
 
@@ -88,4 +93,4 @@ def rebuild(order: dict[str, Any]) -> StageRun:
     quiet = os.environ.get("RANK", "0") != "0"
     params = Sections(load_params(), tuple(order["sections"]))
     console = Console(stderr=True, soft_wrap=True, quiet=quiet)
-    return StageRun(order["name"], params, Path(order["work"]), console)
+    return StageRun(order["name"], params, Path(order["work"]), console, started=order["started"])

@@ -230,10 +230,16 @@ def _flat(values: dict[str, Any], above: str = "") -> Iterator[str]:
 
 def read_lock() -> dict[str, Any]:
     """The stages in dvc.lock; none when there is no such file."""
-    if not LOCK.is_file():
-        return {}
     try:
-        stages = YAML(typ="safe", pure=True).load(LOCK.read_text(encoding="utf-8"))["stages"]
+        return parse_lock(LOCK.read_text(encoding="utf-8")) if LOCK.is_file() else {}
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{LOCK}: cannot be read; `git checkout {LOCK}` gives the committed one") from None
+
+
+def parse_lock(text: str) -> dict[str, Any]:
+    """The stages in the text of a dvc.lock."""
+    try:
+        stages = YAML(typ="safe", pure=True).load(text)["stages"]
         return {str(name): dict(entry) for name, entry in stages.items()}
-    except (OSError, UnicodeDecodeError, YAMLError, TypeError, KeyError, ValueError, AttributeError):
+    except (YAMLError, TypeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{LOCK}: cannot be read; `git checkout {LOCK}` gives the committed one") from None

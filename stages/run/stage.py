@@ -33,6 +33,7 @@ from stages.run.errors import UserError
 from stages.run.files import read_json, sha256_file, write_json
 from stages.run.guard import end_with_parent, leave_on_sigterm, name_full_disk
 from stages.run.journal import Journal
+from stages.run.pace import time_left, words
 from stages.run.params import Sections, load_params
 from stages.run.paths import ROOT, WORK
 
@@ -52,6 +53,12 @@ class StageRun:
     work: Path
     console: Console
     facts: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def finish(self, message: str) -> None:
+        """Print the line of the finished stage: what it did, how long it took, how long the rest may take."""
+        times = [words(time.time() - self.started), time_left(self.name)]
+        self.say(f"{message}  [dim]{', '.join(filter(None, times))}[/dim]")
 
     def say(self, message: str) -> None:
         """Print one line about what the stage did."""

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from stages.run.errors import UserError
+from stages.run.pace import words
 from stages.run.stage import last_runs
 from stages.tools.show import at_most, new_console, new_table, print_json
 
@@ -23,9 +24,13 @@ LONGEST = 40  # characters of a value in the table
 
 @dataclass
 class Planned:
-    """One stage: why it runs, which stages above it may change what it reads, and its last run on this machine."""
+    """One stage: why it runs, which stages above it may change what it reads, and its last run on this machine.
+
+    `place` is its place in the order of `dvc repro`.
+    """
 
     stage: str
+    place: int
     reasons: list[str]
     after: list[str]
     restored: bool  # DVC takes the outputs from its cache instead of running the stage
@@ -70,7 +75,7 @@ def _ask_dvc(repo: Any, targets: Sequence[str]) -> Plan:
     last = {run["stage"]: run for run in last_runs()}
     plan: Plan = {"will_run": [], "may_follow": [], "unchanged": []}
     moving: set[Any] = set()  # stages whose outputs may change
-    for stage in networkx.dfs_postorder_nodes(graph):
+    for place, stage in enumerate(networkx.dfs_postorder_nodes(graph)):
         if stage not in needed:
             continue
         name = stage.addressing
@@ -81,7 +86,9 @@ def _ask_dvc(repo: Any, targets: Sequence[str]) -> Plan:
             continue
         moving.add(stage)
         restored = bool(reasons) and not above and _is_cached(repo, stage)
-        planned = Planned(name, reasons, sorted(one.addressing for one in above), restored, last.get(name))
+        planned = Planned(
+            name, place, reasons, sorted(one.addressing for one in above), restored, last.get(name)
+        )
         plan["will_run" if reasons else "may_follow"].append(planned)
     return plan
 
@@ -156,7 +163,7 @@ def show(plan: Plan, console: Console) -> None:
     noted = [one.last for one in (*run, *plan["may_follow"]) if one.last]
     unknown = len(run) + len(plan["may_follow"]) - len(noted)
     if noted:
-        time = _duration(sum(one["seconds"] for one in noted))
+        time = words(sum(one["seconds"] for one in noted))
         machines = "; ".join(sorted({one["machine"] for one in noted}))
         rest = f"; {unknown} of them did not run here yet." if unknown else "."
         console.print(f"At most {time}, by their last runs here ({machines}){rest}", soft_wrap=True)
@@ -168,15 +175,9 @@ def _table(stages: Sequence[Planned]) -> Any:
     table = new_table("stage", "because", "last time")
     for one in stages:
         why = at_most(6, one.reasons or [f"reads {', '.join(one.after)}"])
-        last = "–" if one.last is None else _duration(one.last["seconds"])
+        last = "–" if one.last is None else words(one.last["seconds"])
         table.add_row(one.stage, "\n".join(why), last)
     return table
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _short(value: Any) -> str:
