@@ -233,7 +233,7 @@ def test_a_stage_says_what_it_does(stage: str) -> None:
     entry = declared(REPO, stage)
     assert len(entry["desc"]) > 20
     assert "\n" not in entry["cmd"], "DVC runs each line in a shell of its own"
-    assert entry["cmd"].startswith(f"python -m stages {stage}")
+    assert entry["cmd"].startswith(f"python3 -m stages {stage}")
 
 
 @pytest.mark.parametrize("stage", STAGES)
