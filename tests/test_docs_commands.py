@@ -39,7 +39,7 @@ MAKE = "tests/test_docs_commands.py::test_make_runs_what_the_tests_run"
 # Command (a regular expression for all of it), the test that runs it, and a text in that test to know it by.
 COVERED = (
     (r"make( \.venv/installed)?", MAKE, "dvc repro"),
-    (r"make test", MAKE, "pytest"),
+    (r"make test(-all)?", MAKE, "pytest"),
     (r"python3 -m venv \.venv|(source|\.) \.venv/bin/activate", MAKE, "venv"),
     (r"pip install -r requirements(-remote)?\.txt", MAKE, "-r requirements.txt"),
     (r"dvc repro( [a-z]+(@\S+)?)?", "tests/pipeline/conftest.py::small_run", "repro"),
@@ -70,6 +70,8 @@ COVERED = (
     (r"python -m stages prepare", "tests/pipeline/conftest.py::small_run", "repro"),
     (r"python -m stages plan( dpo)?",
      RERUN + "test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before", "plan"),
+    (r"python -m stages pretrain \.\./base-again",
+     "tests/tiny/test_base.py::test_the_command_makes_such_a_folder_with_the_same_bytes_each_time", "main(tmp_path"),
     (r"python -m stages check", PIPELINE + "test_check_passes_and_shows_the_first_prompts", "check"),
     (r"python -m stages results", PIPELINE + "test_results_are_printed_as_a_table", "results"),
     (r"python -m stages evaluate sft", PIPELINE + "test_an_evaluation_run_again_gives_the_same_bytes", "evaluate"),
@@ -175,8 +177,8 @@ def test_every_row_is_needed() -> None:
 def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
     """`make` is too long for a test; what it would run is: the environment, then commands that the tests run."""
     (tmp_path / "tests").mkdir()
-    for name in ("Makefile", *(file.name for file in REPO.glob("requirements*.txt")), "tests/s3-server.txt"):
-        shutil.copy2(REPO / name, tmp_path / name)
+    for file in (REPO / "Makefile", *REPO.glob("requirements*.txt"), *REPO.glob("tests/*.txt")):
+        shutil.copy2(file, tmp_path / file.relative_to(REPO))
 
     def plan(*target: str) -> str:
         command = ["make", "--no-print-directory", "--dry-run", *target]
@@ -185,8 +187,9 @@ def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
     lines = plan().splitlines()
     assert any(line.endswith("-m venv .venv") for line in lines)
     assert any(line.endswith("-r requirements.txt") for line in lines)
-    assert lines[-2:] == [".venv/bin/dvc repro --quiet", ".venv/bin/python -m stages results"]
+    assert lines[-1] == ".venv/bin/python -m stages repro"  # dvc repro, then the table
     test = plan("test").splitlines()
     assert any("-r requirements-dev.txt -r requirements-remote.txt" in line for line in test)
     assert [line.split()[0].rpartition("/")[2] for line in test[-4:]] == ["ruff", "ruff", "mypy", "python"]
-    assert test[-1].endswith("-m pytest")
+    assert "-m pytest -n 2 " in test[-1]
+    assert "--kills 20" in plan("test-all") and "--kills" not in test[-1]

@@ -23,6 +23,7 @@ from rich.console import Console
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 from stages import sft
+from stages.launch import local
 from stages.launch.attempt import ROWS
 from stages.launch.training import train_everywhere
 from stages.policy.adapter import read_adapter
@@ -67,7 +68,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ).save_pretrained(BASE)  # fmt: skip
     tokenizer.save_pretrained(BASE)
-    made = [(one.question, one.answer) for one in islice(problems("train", 1), 8 * STEPS)]
+    made = [(one.question, one.solution("steps")) for one in islice(problems("train", 1), 8 * STEPS)]
     rows = [{"id": str(i), "question": q, "solution": a, "gold": "1"} for i, (q, a) in enumerate(made)]
     pairs = [{"prompt": q, "chosen": a, "rejected": "#### 7"} for q, a in made]
     for path, content in ((TRAIN, rows), (PAIRS, pairs), (VALID, rows[:1])):
@@ -257,6 +258,14 @@ def start_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     return lambda function: start("sft", project / "work", f"entry:{function}")
 
 
+def fork(patch: pytest.MonkeyPatch) -> None:
+    """Fork the processes instead, for tests in which they do not train: their imports would take most of the time."""
+    start_processes = local.start_processes
+    patch.setattr(
+        local, "start_processes", lambda *given, **named: start_processes(*given, **{**named, "start_method": "fork"})
+    )  # fmt: skip
+
+
 def rows_of(rank: int) -> list[int]:
     return [int(line.split()[1]) for line in Path(f"process-{rank}").read_text().splitlines()]
 
@@ -271,9 +280,13 @@ def running() -> list[int]:
 
 
 def test_one_of_two_processes_runs_out_of_memory(
-    project: Path, start_two: Callable[[str], str], capfd: pytest.CaptureFixture[str]
+    project: Path,
+    start_two: Callable[[str], str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both start again with half the rows. That the other one lost its connection is not shown."""
+    fork(monkeypatch)
     said = start_two("runs_out")
     assert "sft  out of memory with 8 rows; trying again with 4" in said
     assert rows_of(0) == rows_of(1) == [8, 4]
@@ -293,11 +306,13 @@ def test_one_of_two_processes_runs_out_of_memory(
 def test_a_process_that_fails(
     start_two: Callable[[str], str],
     capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     function: str,
     error: str,
     shown: str,
 ) -> None:
     """The user reads one line, the traceback of a bug above it, and the other process ends too."""
+    fork(monkeypatch)
     with pytest.raises(UserError, match=error) as found:
         start_two(function)
     assert "\n" not in str(found.value)
@@ -311,7 +326,8 @@ def test_nothing_is_left_running_when_the_parent_is_killed(
     project: Path, start_two: Callable[[str], str]
 ) -> None:
     repository, tests = SMALL.parents[1], Path(__file__).parent
-    code = "from pathlib import Path; from test_training import start; start('sft', Path('work'), 'entry:waiting')"
+    code = "import pytest; from pathlib import Path; from test_training import fork, start\n"
+    code += "fork(pytest.MonkeyPatch()); start('sft', Path('work'), 'entry:waiting')"
     path = os.pathsep.join(map(str, (repository, tests, project)))
     parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
     while len(running()) < 2:

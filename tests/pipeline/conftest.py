@@ -1,43 +1,42 @@
 """One small but real run of the whole pipeline, shared by every test that needs trained weights.
 
 The run lies in a temporary git repository, so nothing in this checkout is touched. Tests that change something work on
-a copy of it. No process of a run may open an internet connection: an attempt fails and is noted. The first run has no
-network at all, where Linux lets a user make a network namespace.
+a copy of it. Several pytest workers share it. No process of a run may open an internet connection: an attempt fails and
+is noted. Where Linux lets a user make a network namespace, the run has no network at all.
+
+Its commands are forks of a Python that has imported everything already (tests/warm.py), except those of Project.cold.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
+from tests.warm import warm_python
+
 REPO = Path(__file__).resolve().parents[2]
 
 # Less of everything, but enough for pairs of both kinds.
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"train": 150, "valid": 30, "platinum": 60},
-    "model": {
-        "architecture": {"hidden": 96, "layers": 2, "ffn": 256},
-        "corpus": {
-            "problems": 10_000, "batch": 8, "learning_rate": 3e-3, "direct_share": 0.1,
-            "confused_share": 0.3, "slip_share": 0.02,
-        },
-    },
     "sft": {"examples": 120, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "checkpoint_steps": 10},
     "rollout": {"questions": 50},
     "dpo": {
-        "epochs": 2, "batch": 8, "learning_rate": 2e-4, "checkpoint_steps": 8, "select_steps": 8,
-        "select_questions": 30, "select_samples": 1,
+        "batch": 8, "learning_rate": 2e-4, "checkpoint_steps": 8, "select_steps": 8,
+        "select_questions": 15, "select_samples": 1,
     },
     "evaluate": {"samples": 4},
     "hardware": {"threads": 1},
@@ -83,16 +82,23 @@ class Project:
 
     root: Path
     guard: Path  # holds the network guard, its log and DVC's site cache
+    warm: Path | None = None  # the programs of the warm parent
+
+    @property
+    def cold(self) -> Project:
+        """The project, with commands that start a Python of their own."""
+        return replace(self, warm=None)
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the project's commands: this Python first in the path, and no network."""
+        """The environment of the project's commands: the Python first in the path, and no network."""
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DVC_"))
         }
+        programs = [str(self.warm)] if self.warm else []
         return {
             **inherited,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join([*programs, str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(self.guard),
             "NETWORK_ATTEMPTS": str(self.guard / "attempts"),
             "DVC_SITE_CACHE_DIR": str(self.guard / "dvc"),
@@ -100,9 +106,13 @@ class Project:
         }
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in the project. If it fails, the test fails with what it printed."""
+        """Run a command in the project. If it fails, the test fails with what it printed.
+
+        With an environment of its own it is cold: a library may read that during its import.
+        """
+        environment = (self.cold if env else self).environment | env
         done = subprocess.run(
-            command, cwd=self.root, env=self.environment | env, capture_output=True, text=True, check=False
+            command, cwd=self.root, env=environment, capture_output=True, text=True, check=False
         )
         if check and done.returncode:
             pytest.fail(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -143,11 +153,40 @@ def flatten(values: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
+@contextlib.contextmanager
+def once(mark: Path) -> Iterator[bool]:
+    """Whether the block must do its work, because no worker did. The others wait for it meanwhile."""
+    with mark.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not mark.exists()
+        mark.touch()
+
+
 @pytest.fixture(scope="session")
-def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of this session share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_project(common: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """The files of this checkout with a smaller tiny profile, committed to a new git repository. Nothing has run."""
-    folder = tmp_path_factory.mktemp("small")
-    project = Project(folder / "project", folder / "guard")
+    project = Project(common / "project", common / "guard")
+    with once(common / "made") as first:
+        if first:
+            make_small_project(project)
+    if sys.platform != "linux":
+        yield project
+        return
+    with warm_python(tmp_path_factory.mktemp("warm"), project.environment, CUT) as programs:
+        yield replace(project, warm=programs)
+
+
+def make_small_project(project: Project) -> None:
+    """Copy this checkout and commit it."""
     project.guard.mkdir()
     (project.guard / "sitecustomize.py").write_text(NETWORK_GUARD, encoding="utf-8")
     listed = subprocess.run(
@@ -165,9 +204,7 @@ def small_project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project.update("params.yaml", {"profile": "tiny"})
     project.update("profiles/tiny.yaml", flatten(SMALL))
     project.run("git", "init", "--quiet")
-    project.run("git", "add", "--all")
     commit_all(project, "small")
-    return project
 
 
 def commit_all(project: Project, message: str) -> None:
@@ -184,11 +221,14 @@ def cut() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def small_run(small_project: Project) -> Project:
+def small_run(small_project: Project, common: Path) -> Project:
     """The small project after one `dvc repro` from nothing, committed. Read it, never change it."""
-    ran = re.findall(r"Running stage '([^']+)'", small_project.run(*CUT, "dvc", "repro").stdout)
-    assert len(ran) == 12, ran  # every stage, evaluate three times
-    commit_all(small_project, "run")
+    with once(common / "run") as first:
+        if first:
+            before = [] if small_project.warm else CUT  # the warm parent is cut off already
+            ran = re.findall(r"Running stage '([^']+)'", small_project.run(*before, "dvc", "repro").stdout)
+            assert len(ran) == 12, ran  # every stage, evaluate three times
+            commit_all(small_project, "run")
     return small_project
 
 
@@ -201,7 +241,7 @@ def copy_run(small_run: Project, tmp_path_factory: pytest.TempPathFactory) -> Ca
         shutil.copytree(small_run.root, folder / "project", symlinks=True)
         shutil.copytree(small_run.guard, folder / "guard")
         (folder / "guard" / "attempts").unlink(missing_ok=True)
-        return Project(folder / "project", folder / "guard")
+        return replace(small_run, root=folder / "project", guard=folder / "guard")
 
     return copy
 

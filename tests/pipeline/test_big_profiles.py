@@ -94,7 +94,8 @@ def run_profile(
     project.update("params.yaml", {"profile": profile})
     project.update(f"profiles/{profile}.yaml", SMALL)
     offline = {"HF_HOME": str(project.root.parent / "cache"), "HF_HUB_OFFLINE": "1"}
-    print(project.run("dvc", "repro", **offline).stderr)
+    project.run("dvc", "repro", "base", **offline)  # the only stage that looks into the hub's cache
+    print(project.run("dvc", "repro").stderr)
     return offline, YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
@@ -132,10 +133,10 @@ def assert_converted(project: Project) -> Any:
     return tokenizer
 
 
-def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any]) -> None:
+def assert_ran(project: Project, profile: dict[str, Any]) -> None:
     """Every stage wrote its outputs, both adapters were trained, and nothing is out of date."""
     assert sorted(YAML(typ="safe").load(project.root / "dvc.lock")["stages"]) == sorted(STAGE_RUNS)
-    assert project.status(**offline) == {}
+    assert project.status() == {}
     assert not (project.guard / "attempts").exists(), "a stage tried to open a network connection"
 
     # Training: both adapters as the profile says, gradients at every step, loss falling from its start.
@@ -178,21 +179,18 @@ def assert_ran(project: Project, offline: dict[str, str], profile: dict[str, Any
             assert len(row["samples"]) == 2
     base, sft = (read(project, f"metrics/platinum/{policy}.json") for policy in ("base", "sft"))
     assert sft["accuracy"] > base["accuracy"]
-    assert read(project, "metrics/headline.json")
-    assert read(project, "metrics/comparison.json")
-    assert "<html" in (project.root / "report.html").read_text(encoding="utf-8")
 
 
 def test_abel_runs_whole(small_project: Project, tmp_path: Path) -> None:
     """`abel-7b` on a small Mistral with Abel's files: pickle shards, sliding window, and pad equal to end."""
     project = fresh_copy(small_project, tmp_path)
-    offline, profile = run_profile(project, "abel-7b", abel_files)
+    _, profile = run_profile(project, "abel-7b", abel_files)
     tokenizer = assert_converted(project)
     assert tokenizer.convert_tokens_to_ids("<extra_31>") == len(tokenizer) - 1
     config = read(project, "checkpoints/base/config.json")
     assert config["sliding_window"] is None
     assert config["vocab_size"] > len(tokenizer)
-    assert_ran(project, offline, profile)
+    assert_ran(project, profile)
 
 
 def test_r1_runs_whole(small_project: Project, tmp_path: Path) -> None:
@@ -201,7 +199,7 @@ def test_r1_runs_whole(small_project: Project, tmp_path: Path) -> None:
     offline, profile = run_profile(project, "r1-distill-8b", r1_files)
     tokenizer = assert_converted(project)
     assert tokenizer.chat_template == R1_TEMPLATE
-    assert_ran(project, offline, profile)
+    assert_ran(project, profile)
     # The template opened the thought; the completion must end it, and the answer is what stands after it.
     answered = [
         row for row in read_rows(project, "data/platinum_eval/sft.jsonl") if row["answer"] is not None

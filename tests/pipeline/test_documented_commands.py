@@ -30,7 +30,7 @@ COMMANDS = (
 
 @pytest.fixture(scope="module")
 def project(copy_run: Callable[[], Project]) -> Project:
-    return copy_run()
+    return copy_run().cold
 
 
 @pytest.mark.parametrize(("command", "says"), COMMANDS, ids=[command for command, _ in COMMANDS])

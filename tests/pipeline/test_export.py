@@ -40,9 +40,10 @@ def test_a_pair_and_an_answer_are_traced_to_the_base(small_run: Project) -> None
     assert {step["source"] for step in found["steps"]} == {"manifest"}
     links = [*found["links"], *(link for step in found["steps"] for link in step["links"])]
     assert {link["state"] for link in links} == {"as recorded"}
-    # The arms are the profile's, and both seeds follow from the run's.
+    # The arm is one of the profile's, and both seeds follow from the run's.
     chosen = found["pair"]["chosen"]
-    assert chosen["arm"].startswith("t") and chosen["temperature"] and chosen["logprob"] < 0
+    assert f"    {chosen['arm']}: " in (small_run.root / "profiles/tiny.yaml").read_text(encoding="utf-8")
+    assert chosen["temperature"] and chosen["logprob"] < 0
     assert sum("seed" in link["path"] for link in found["links"]) == 2
     answer = rows_of(small_run.root / "data/platinum_eval/dpo.jsonl")[0]
     shown = small_run.stages("trace", answer["id"]).stdout

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -343,41 +342,20 @@ def wait_for_moment(
     return False
 
 
-@pytest.fixture(scope="module")
-def series(
-    request: pytest.FixtureRequest,
-    copy_run: Callable[[], Project],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Future[Series]]]:
-    """The killing of every case that pytest selected, two at a time."""
-    logs = tmp_path_factory.mktemp("logs")
-    kills = request.config.getoption("--kills")
-
-    def run(name: str, case: Case, project: Project) -> Series:
-        changes = case.always | (case.longer if kills > FEW else {})
-        if changes:
-            project.update("profiles/tiny.yaml", changes)
-            alone = run_undisturbed(project, case, logs / f"{name}.alone")
-        else:
-            # The small run was undisturbed. Its times are not known, but on most machines they are some seconds.
-            alone = Undisturbed(read_outputs(project, case), 1.0, 3.0)
-        return kill_repeatedly(project, case, alone, kills, seed=name, log=logs / f"{name}.log")
-
-    with ThreadPoolExecutor(2) as pool:
-        chosen = {
-            item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")
-        }
-        yield {
-            name: pool.submit(run, name, case, copy_run()) for name, case in CASES.items() if name in chosen
-        }
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_killed_again_and_again_it_gives_the_same_bytes(
-    name: str, series: dict[str, Future[Series]], pytestconfig: pytest.Config
+    name: str, copy_run: Callable[[], Project], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """Nothing is lost or made twice, every output is as undisturbed, and no temporary file is left."""
-    result, kills = series[name].result(), pytestconfig.getoption("--kills")
+    project, case, kills = copy_run().cold, CASES[name], pytestconfig.getoption("--kills")
+    changes = case.always | (case.longer if kills > FEW else {})
+    if changes:
+        project.update("profiles/tiny.yaml", changes)
+        alone = run_undisturbed(project, case, tmp_path / "alone.log")
+    else:
+        # The small run was undisturbed. Its times are not known, but on most machines they are some seconds.
+        alone = Undisturbed(read_outputs(project, case), 1.0, 3.0)
+    result = kill_repeatedly(project, case, alone, kills, seed=name, log=tmp_path / "log")
     print(f"\n{name}: {len(result.kills)} kills, {result.rounds} rounds, {result.seconds:.0f} s")
     for why, reached in result.kills:
         print(f"  {why:40} {reached:,.0f}")
@@ -393,7 +371,7 @@ def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
     stage: str, small_run: Project, copy_run: Callable[[], Project]
 ) -> None:
     """After SIGKILL to dvc alone, no orphan trains or generates on, and what was done stays done."""
-    project, case = copy_run(), CASES[stage]
+    project, case = copy_run().cold, CASES[stage]
     wanted = read_outputs(small_run, case)
     command = ["dvc", "repro", "--single-item", "--no-run-cache", stage]
     progress = Progress(project, case)

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,12 +70,6 @@ def manifests(project: Project) -> list[Path]:
 # ---- outputs -----------------------------------------------------------------------------------------
 
 
-def test_every_declared_output_is_there(small_run: Project) -> None:
-    outputs = declared_outputs(small_run)
-    assert len(outputs) > 20
-    assert [name for name in outputs if not (small_run.root / name).exists()] == []
-
-
 def test_nothing_but_declared_outputs_was_written(small_run: Project) -> None:
     """Every file that a run adds is an output that dvc.yaml declares."""
     tracked = small_run.run("git", "diff", "--name-only", "--diff-filter=A", "HEAD~1", "HEAD").stdout.split()
@@ -131,22 +124,6 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
     ]  # fmt: skip
 
 
-def test_every_pair_can_be_traced_back(small_run: Project) -> None:
-    data = small_run.root / "data"
-    texts = {
-        one["id"]: one for row in rows_of(data / "regime_w_rollouts.jsonl") for one in row["trajectories"]
-    }
-    pairs = rows_of(data / "coherence_preferences.jsonl")
-    assert pairs
-    for pair in pairs:
-        chosen, rejected = texts[pair["chosen_id"]], texts[pair["rejected_id"]]
-        assert (chosen["text"], rejected["text"]) == (pair["chosen"], pair["rejected"])
-        assert chosen["correct"]
-        assert rejected["correct"] == (pair["kind"] == "coherence")
-        assert pair["margin"] == pytest.approx(chosen["reward"] - rejected["reward"])
-        assert pair["chosen_id"].split("/")[0] == pair["rejected_id"].split("/")[0] == pair["question_id"]
-
-
 def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
     data = small_run.root / "data"
     held_out = {row["question"] for row in rows_of(data / "gsm8k/platinum.jsonl")}
@@ -157,15 +134,6 @@ def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
     paired = {row["prompt"] for row in rows_of(data / "coherence_preferences.jsonl")}
     assert paired <= rolled <= trained
     assert not held_out & trained
-
-
-def test_checkpoints_hold_safetensors_and_no_pickle(small_run: Project) -> None:
-    files = [path for path in (small_run.root / "checkpoints").rglob("*") if path.is_file()]
-    assert {"model.safetensors", "adapter_model.safetensors"} <= {path.name for path in files}
-    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    for adapter in ("sft_lora", "dpo_coherence_lora"):
-        names = {path.name for path in (small_run.root / "checkpoints" / adapter).iterdir()}
-        assert names == {"adapter_model.safetensors", "adapter_config.json", "manifest.json"}
 
 
 def test_no_output_holds_a_path_or_the_name_of_this_machine(small_run: Project) -> None:
@@ -198,25 +166,6 @@ def test_manifests_match_the_files_and_cover_every_output(small_run: Project) ->
             assert any(one == name or one.startswith(f"{name}/") for one in covered), (
                 f"no manifest covers {name}"
             )
-
-
-def test_manifests_hold_the_parameters_of_the_run(small_run: Project) -> None:
-    """Defaults that the profile does not write down are there too."""
-    params = profile(small_run)
-
-    def same(noted: Any, written: Any) -> bool:
-        if isinstance(written, dict):
-            return all(same(noted[key], value) for key, value in written.items())
-        return noted == written
-
-    stages = set()
-    for path in manifests(small_run):
-        manifest = json.loads(path.read_text())
-        stages.add(manifest["stage"])
-        for section, noted in manifest["params"].items():
-            assert same(noted, params[section]), f"{path}: {section}"
-        assert "hardware" not in manifest["params"]
-    assert stages == {*STAGES, *(f"evaluate@{policy}" for policy in POLICIES)} - {"evaluate"}
 
 
 # ---- what people see ---------------------------------------------------------------------------------
@@ -317,7 +266,8 @@ def test_check_passes_and_shows_the_first_prompts(small_run: Project) -> None:
 
 
 def test_a_stage_without_a_model_imports_no_heavy_library(copy_run: Callable[[], Project]) -> None:
-    project = copy_run()
+    """What it writes is what the run wrote, in a process that shares no seed of hashes with it."""
+    project = copy_run().cold
     for name in NO_MODEL:
         code = (
             f"import sys; sys.argv = ['stages', {name!r}]\n"
@@ -327,15 +277,17 @@ def test_a_stage_without_a_model_imports_no_heavy_library(copy_run: Callable[[],
             "print(*(heavy & set(sys.modules)))"
         )
         assert project.run("python", "-c", code).stdout.split() == [], name
+    assert project.status() == {}
 
 
 def test_nothing_tried_to_reach_the_network(small_run: Project) -> None:
     """A guard in every process of the run refuses connections and notes them. It does so here."""
     assert not (small_run.guard / "attempts").exists()
-    for tried in ("create_connection(('127.0.0.1', 9), timeout=1)", "getaddrinfo('localhost', 80)"):
-        code = f"import socket; socket.{tried}"
-        done = small_run.run("python", "-c", code, check=False, NETWORK_ATTEMPTS=os.devnull)
-        assert "the tests run without a network" in done.stderr
+    for project in (small_run, small_run.cold):
+        for tried in ("create_connection(('127.0.0.1', 9), timeout=1)", "getaddrinfo('localhost', 80)"):
+            code = f"import os, socket; os.environ['NETWORK_ATTEMPTS'] = os.devnull; socket.{tried}"
+            done = project.run("python", "-c", code, check=False)
+            assert "the tests run without a network" in done.stderr
 
 
 def test_the_whole_pipeline_ran_with_the_network_cut(small_run: Project, cut: list[str]) -> None:
@@ -346,11 +298,10 @@ def test_the_whole_pipeline_ran_with_the_network_cut(small_run: Project, cut: li
     with socket.create_server(("127.0.0.1", 0)) as server:
         reach = f"socket.create_connection({server.getsockname()!r}, timeout=5)"
         up = "[name for _, name in socket.if_nameindex() if open(f'/sys/class/net/{name}/operstate').read() == 'up']"
-        code = f"import socket\ntry:\n    {reach}\n    print('reached')\nexcept OSError:\n    print('cut off', {up})"
-        here, there = (
-            subprocess.run([*before, sys.executable, "-c", code], capture_output=True, text=True, check=True)
-            for before in ([], cut)
-        )
+        code = f"import os, socket\nos.environ['LOOPBACK_ALLOWED'] = '1'\ntry:\n    {reach}\n    print('reached')\n"
+        code += f"except OSError:\n    print('cut off', {up})"
+        here = small_run.cold.run("python", "-c", code)
+        there = small_run.run(*([] if small_run.warm else cut), "python", "-c", code)
     assert here.stdout == "reached\n"
     assert there.stdout == "cut off []\n"
 
@@ -365,7 +316,7 @@ def test_libraries_stay_offline_and_send_no_figures(network: bool, small_project
         "print(os.environ['DO_NOT_TRACK'], os.environ['RAY_USAGE_STATS_ENABLED'])"
     )
     offline = str(not network)
-    assert small_project.run("python", "-c", code).stdout.split() == [offline, offline, "True", "1", "0"]
+    assert small_project.cold.run("python", "-c", code).stdout.split() == [offline, offline, "True", "1", "0"]
 
 
 def test_an_evaluation_run_again_gives_the_same_bytes(copy_run: Callable[[], Project]) -> None:
@@ -378,7 +329,9 @@ def test_an_evaluation_run_again_gives_the_same_bytes(copy_run: Callable[[], Pro
         path.unlink()
     done = project.stages("evaluate", "sft")
     assert done.stdout == ""
-    assert re.fullmatch(r"evaluate@sft  [\d.]+% of 60 questions answered right\n", done.stderr), done.stderr
+    assert re.fullmatch(r"evaluate@sft  [\d.]+% of 60 questions answered right  \d+ s\n", done.stderr), (
+        done.stderr
+    )
     assert [sha256(path) for path in outputs] == before
 
 

@@ -137,7 +137,7 @@ class Cluster:
 @pytest.fixture(scope="module")
 def project(copy_run: Callable[[], Project]) -> Project:
     """The small run with many small pieces of work."""
-    copy = copy_run()
+    copy = copy_run().cold
     copy.update("profiles/tiny.yaml", {"hardware.generation_batch": 16})
     return copy
 

@@ -451,11 +451,6 @@ def test_base_kept_out_of_pushes(folder: Store, project: Small, tmp_path: Path) 
     assert elsewhere.run("git", "status", "--short") == ""
 
 
-def test_push_without_a_remote(project: Small) -> None:
-    """Nothing is configured from the start, and nothing leaves."""
-    assert "no remote specified" in project.dvc("push", fails=True)
-
-
 def test_an_unknown_host(ssh: Store, project: Small, home: Path, trusted: Path) -> None:
     """DVC takes any host key; `remote check` takes the one that known_hosts has, and sends nothing to another."""
     project.use(ssh, "host")

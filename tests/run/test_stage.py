@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from stages.run import code, stage
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder, sha256_file
 from stages.run.stage import StageRun, last_runs, manifest_path, stage_run
@@ -171,6 +172,21 @@ def test_progress_of_another_run_is_never_used(other: object) -> None:
     other()  # type: ignore[operator]
     assert interrupted() != folder
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("file", "kept"), [("stages/run/files.py", True), ("stages/headline.py", False)])
+def test_progress_is_of_the_code_that_dvc_yaml_lists(
+    file: str, kept: bool, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on after a change for which DVC would not run the stage again, and only then."""
+    shutil.copytree(REPO / "stages", "stages")
+    shutil.copy(REPO / "dvc.yaml", ".")
+    for module in (code, stage):
+        monkeypatch.setattr(module, "ROOT", workplace)
+    folder = interrupted()
+    with Path(file).open("a", encoding="utf-8") as changed:
+        changed.write("# A comment.\n")
+    assert (interrupted() == folder) == kept
 
 
 @pytest.mark.parametrize(
