@@ -164,11 +164,12 @@ def run_groups(source: Path, place: Path) -> tuple[dict[str, str], dict[str, Any
     """Coherence and preference on the example solutions in `place`; what came out, and the metrics."""
     make_workplace(place)
     rollouts, scored, pairs = place / "rollouts.jsonl", place / "scored.jsonl", place / "pairs.jsonl"
-    size = write_jsonl(rollouts, groups_of_four(source))
+    write_jsonl(rollouts, groups_of_four(source))
     stage(place, "coherence", rollouts, scored)
     stage(place, "preference", scored, pairs)
     published = [row[model]["is_correct"] for row in example_solutions(source) for model in MODELS]
-    rows = [row for record in read_jsonl(scored) for row in record["trajectories"]]
+    records = list(read_jsonl(scored))
+    rows = [row for record in records for row in record["trajectories"]]
     agree = Counter(
         row["arm"] for row, verdict in zip(rows, published, strict=True) if row["correct"] == verdict
     )
@@ -179,7 +180,7 @@ def run_groups(source: Path, place: Path) -> tuple[dict[str, str], dict[str, Any
     facts = {
         "equations": f"{metrics['equations']['read']:,} read, {metrics['equations']['skipped']:,} skipped",
         "answers that agree with `is_correct`": ", ".join(
-            f"{model} {agree[model]:,} of {size:,}" for model in MODELS
+            f"{model} {agree[model]:,} of {len(records):,}" for model in MODELS
         ),
         "correct ones": ", ".join(f"{count:,} {kind}" for kind, count in metrics["soundness"].items()),
         "pairs": ", ".join(f"{summary[kind]['pairs']:,} {kind}" for kind in ("correctness", "coherence")),
