@@ -22,8 +22,8 @@ def _plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rest_is_scaled_by_the_pace_so_far() -> None:
-    """Twice as slow as before: 40 s became 80, so the 60 s that are left become 120."""
-    assert pace.time_left("sft") == "about 2 min left"
+    """40 s became 80; with 30 that went as planned it is 110 for 70, so the 60 s that are left become 94."""
+    assert pace.time_left("sft") == "about 94 s left"
 
 
 @pytest.mark.parametrize("stage", ["dpo", "evaluate@dpo"])
