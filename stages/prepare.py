@@ -60,10 +60,8 @@ def make_splits(
     """
     if isinstance(data, GeneratedData):
         platinum_cleaner = Cleaner()
-        made = platinum_cleaner.clean(
-            _generated("platinum", 0)
-        )  # whatever the seed, as the real Platinum is one
-        platinum = list(islice(made, data.platinum))
+        made = _generated("platinum", 0)  # the same for every seed, as the real Platinum is
+        platinum = list(islice(platinum_cleaner.clean(made), data.platinum))
         cleaner = Cleaner(Overlap(platinum))
         train = list(islice(cleaner.clean(_generated("train", seed, data.wrong_labels)), data.train))
         valid = list(islice(cleaner.clean(_generated("valid", seed)), data.valid))

@@ -21,7 +21,7 @@ def announce(seconds: Mapping[str, float]) -> dict[str, str]:
 
 
 def time_left(stage: str) -> str:
-    """ "about 2 min left", at the pace of the stages up to this one; nothing when it is not known."""
+    """As "about 2 min left", at the pace of the stages up to this one; nothing when it is not known."""
     plan = json.loads(os.environ.get(PLAN, "{}"))
     expected: dict[str, float] = plan.get("seconds", {})
     names = list(expected)

@@ -235,10 +235,8 @@ def _must(count: int | None) -> int:
 def _tell_events(way: Way, count: int, changes: tuple[Step, ...], named: list[str]) -> tuple[list[str], int]:
     """The lines of the events, and the count after them."""
     told = [
-        f"{name}" if step[0] == "/" else f"{name} {step[1]}"
-        for name, step in zip(named, changes, strict=True)
+        name if name == HALF.named else f"{name} {n}" for name, (_, n) in zip(named, changes, strict=True)
     ]
-    told = ["giving half away" if name.startswith("giving half") else name for name in told]
     sums = all(operation in "+-" for operation, _ in changes)
     if len(changes) == 2 and sums and way == "short":
         terms = f"{count}" + "".join(f"{operation}{n}" for operation, n in changes)

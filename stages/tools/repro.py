@@ -40,17 +40,32 @@ def main() -> None:
         console.print(f"{len(stages)} stages to run{guess}")
         environment = announce(known if guess else {})
         command = [sys.executable, "-m", "dvc", "repro", "--quiet"]
-        if status := subprocess.run(command, env=os.environ | environment, check=False).returncode:
+        if status := wait_for(subprocess.Popen(command, env=os.environ | environment)):
             raise UserError(f"dvc repro ended with status {status}; what the stage said is above")
     print_results()
     if line := committed_line():
         console.print(f"\n{line}", soft_wrap=True)
 
 
+def wait_for(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of DVC. Ctrl-C reaches it too, and it gets the time that it needs to end in order."""
+    stopped = False
+    while True:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            stopped = True
+            continue
+        if stopped:
+            raise KeyboardInterrupt
+        return status
+
+
 def committed_line() -> str:
     """Whether this run's outputs are those of the committed dvc.lock; nothing where that cannot be compared."""
-    done = subprocess.run(["git", "show", f"HEAD:./{LOCK}"], capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:
+        done = subprocess.run(["git", "show", f"HEAD:./{LOCK}"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit that has the file
         return ""
     committed, here = parse_lock(done.stdout), read_lock()
     asked = {name: _asked(entry) for name, entry in here.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.tools.repro import committed_line
+from stages.tools.repro import committed_line, wait_for
 
 
 @pytest.fixture
@@ -74,3 +74,27 @@ def test_another_question_is_not_compared(lock: dict, what: str) -> None:
 def test_no_commit_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert committed_line() == ""
+
+
+@pytest.mark.usefixtures("lock")
+def test_no_git_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert committed_line() == ""
+
+
+def test_ctrl_c_waits_for_dvc_to_end_in_order() -> None:
+    """It is not killed half a second later, as subprocess.run would do."""
+
+    class Dvc:
+        waited = 0
+
+        def wait(self) -> int:
+            self.waited += 1
+            if self.waited == 1:
+                raise KeyboardInterrupt
+            return 130
+
+    dvc = Dvc()
+    with pytest.raises(KeyboardInterrupt):
+        wait_for(dvc)  # type: ignore[arg-type]
+    assert dvc.waited == 2
