@@ -76,6 +76,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
 
     # Model: the SFT adapter is trained further. TRL makes a frozen copy of it as the reference.
     config = adapter_config(model)
+    losses = dict(zip(spec.loss_type, spec.loss_weights, strict=True))
     trained = assert_trainable(model)
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
@@ -89,9 +90,10 @@ def train(run: StageRun, most_rows: int | None) -> None:
             args=DPOConfig(
                 **arguments,
                 beta=spec.beta,
-                loss_type=list(spec.loss_type),
-                loss_weights=list(spec.loss_weights),
+                loss_type=[one for one in losses if one != "sft"] or ["sigmoid"],
+                loss_weights=[weight for one, weight in losses.items() if one != "sft"] or [0.0],
             ),
+            nll=losses.get("sft", 0.0),
             train_dataset=training_set(rows, lengths, spec, seed, rows_at_once.micro_batch),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],

@@ -362,6 +362,7 @@ class _Scanner:
         self.touching = False  # only spaces since the last number or parenthesis
         self.fresh = True  # no word since the last stop or `=`
         self.denominator = False  # the next `{` opens one
+        self.braces.clear()
 
     def scan(self, start: int, last_equals: int) -> list[list[_Member | None]]:
         """The chains of the line, from `start` to the end of the chain with the last `=`."""
@@ -510,7 +511,7 @@ class _Scanner:
         kind = self.braces.pop() if self.braces else "plain"
         if kind != "plain":
             self.close(match)
-        if kind == "numerator":
+        if kind == "numerator" and self.expression is not None and not self.spoilt:
             self.waiting, self.denominator = "/", True
 
     def close_member(self, final: bool) -> None:
@@ -528,7 +529,6 @@ class _Scanner:
             self.close_member(final=True)
             self.chains.append(self.members)
             self.members = []
-            self.braces.clear()
         else:
             self.reset()
 

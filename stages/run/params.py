@@ -320,6 +320,8 @@ class Dpo(Section):
     def _weights_match(self) -> Self:
         if len(self.loss_type) != len(self.loss_weights):
             raise ValueError("loss_weights: give one weight for each loss_type")
+        if len(set(self.loss_type)) != len(self.loss_type):
+            raise ValueError("loss_type: names a loss twice")
         if self.select_steps % self.checkpoint_steps:
             raise ValueError(
                 "select_steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"

@@ -15,7 +15,32 @@ from stages.train.trainer import InputsAsTheyAre
 
 
 class PairTrainer(InputsAsTheyAre, DPOTrainer):
-    """TRL's trainer on pairs that are already tokens: training divides prompt and completion as generation does."""
+    """TRL's trainer on pairs that are already tokens: training divides prompt and completion as generation does.
+
+    `nll` weighs the negative log-likelihood of the chosen completions beside TRL's losses: for each completion the mean
+    over its tokens, as in Pang et al. 2024 (arXiv 2404.19733), equation 2. TRL's own `sft` loss is the mean over all
+    tokens of a micro-batch, so it depends on how a batch is cut into micro-batches.
+    """
+
+    def __init__(self, *args: Any, nll: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.nll = nll
+
+    def _compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool
+    ) -> torch.Tensor:
+        seen = []
+
+        def watched(**kwargs: Any) -> Any:
+            seen.append(model(**kwargs))
+            return seen[-1]
+
+        loss = super()._compute_loss(watched, inputs, return_outputs)
+        if not self.nll:
+            return loss
+        mask = inputs["completion_mask"][:, 1:].chunk(2)[0]  # the batch is [chosen, rejected]
+        logprobs = seen[0].log_probs[:, -mask.shape[1] :].chunk(2)[0]
+        return loss - self.nll * ((logprobs * mask).sum(1) / mask.sum(1)).mean()
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

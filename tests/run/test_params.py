@@ -145,7 +145,7 @@ PROFILE_MISTAKES = {
         "  architecture:",
         "model.architecture: hidden (128)",
     ),
-    "loss weights": (("[1.0]", "[1.0, 1.0]"), "  loss_weights:", "dpo.loss_weights: give one weight"),
+    "loss weights": (("[1.0, 0.5]", "[1.0]"), "  loss_weights:", "dpo.loss_weights: give one weight"),
     "selection between checkpoints": (
         ("select_steps: 20", "select_steps: 15"),
         "  select_steps:",

@@ -171,7 +171,7 @@ def sft_adapter(project: SimpleNamespace, base_folder: Path, tmp_path: Path) -> 
 
 
 def dpo_trainer(
-    project: SimpleNamespace, base_folder: Path, adapter: Path
+    project: SimpleNamespace, base_folder: Path, adapter: Path, nll: float = 0.0
 ) -> tuple[Any, list[dict[str, list[int]]]]:
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
@@ -182,6 +182,7 @@ def dpo_trainer(
         args=DPOConfig(**arguments, beta=DPO.beta, loss_type=["sigmoid"], loss_weights=[1.0]),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
+        nll=nll,
     )
     return trainer, rows
 
@@ -378,6 +379,34 @@ def test_a_reference_that_moved_is_found(
     with pytest.raises(RuntimeError, match=r"reference is not the SFT adapter") as found:
         assert_reference(trainer.model, sft_adapter)
     assert name.split(".ref.")[0] in str(found.value)
+
+
+# ---- The likelihood of the chosen answers beside the DPO loss ------------------------------------------
+
+
+def test_the_nll_term_is_each_completions_own_mean_and_does_not_depend_on_micro_batches(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path
+) -> None:
+    """At step 0 the DPO loss is log 2, so the rest is the term: 0.5 times the mean of the completions' means."""
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, nll=0.5)
+    rows = rows[:4]
+    rows[0] = rows[0] | {"chosen_ids": rows[0]["chosen_ids"][:3]}  # of another length
+    trainer.model.eval()
+
+    def loss_of(part: list[dict[str, list[int]]]) -> torch.Tensor:
+        inputs = trainer._prepare_inputs(trainer.data_collator(part))
+        return trainer._compute_loss(trainer.model, inputs, False)
+
+    wanted = 0.0
+    for row in rows:
+        ids, border = row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
+        labels = torch.tensor([[-100] * border + ids[border:]])
+        wanted += 0.5 * trainer.model(torch.tensor([ids]), labels=labels).loss.item() / len(rows)
+    whole, parts = loss_of(rows), [loss_of(rows[:1]), loss_of(rows[1:])]
+    assert whole.item() == pytest.approx(0.693147 + wanted, abs=1e-5)
+    assert ((parts[0] + 3 * parts[1]) / 4).item() == pytest.approx(whole.item(), abs=1e-5)
+    whole.backward()
+    assert all(w.grad.abs().sum() > 0 for n, w in trainer.model.named_parameters() if "lora_A.default" in n)
 
 
 # ---- What is saved -------------------------------------------------------------------------------------
