@@ -1,10 +1,10 @@
 """How far do the tiny profile's figures vary with the seed, the threads and the processor's instructions?
 
-    python bench/spread.py                                     # five whole runs, about 3 minutes each on two cores
+    python bench/spread.py                                     # five whole runs, 2 to 4 minutes each on two cores
     python bench/spread.py --runs 17/2/avx2 4/1/default --set sft.learning_rate=5e-4
 
-A run is SEED/THREADS/INSTRUCTIONS; the last is ATEN_CPU_CAPABILITY (default, avx2, or avx512 on a processor that
-has it). Each is a copy of the working tree. Prints a Markdown table (the one in docs/tiny.md) that ends
+A run is SEED/THREADS/INSTRUCTIONS; the last is ATEN_CPU_CAPABILITY: default, avx2, or avx512, which is left out on a
+processor that lacks it. With `default`, MKL too takes none but the oldest. Each is a copy of the working tree. Prints a Markdown table (the one in docs/tiny.md) that ends
 with each column's standard deviation.
 """
 
@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import call, change, copy_project, new_parser, note, print_table
 
-RUNS = ("17/2/avx2", "17/1/default", "17/2/default", "1/1/avx2", "2/2/default")
+RUNS = ("17/2/avx512", "17/2/avx2", "17/1/default", "1/1/avx2", "2/2/default")
 STEPS = ("base_to_sft", "sft_to_dpo")
 
 
@@ -36,6 +37,9 @@ def main() -> None:
     folder = options.keep or Path(tempfile.mkdtemp(prefix="spread-"))
     rows, figures = [], []
     for name in options.runs:
+        if name.endswith("/avx512") and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            note(f"{name}: this processor has no AVX-512")
+            continue
         comparison = run(*name.split("/"), options.changes, folder / name.replace("/", "-"))
         figures.append(accuracies(comparison))
         rows.append(
@@ -57,6 +61,7 @@ def run(seed: str, threads: str, instructions: str, changes: list[str], place: P
     change(place / "params.yaml", [f"seed={seed}"])
     change(place / "profiles/tiny.yaml", [f"hardware.threads={threads}", *changes])
     os.environ["ATEN_CPU_CAPABILITY"] = instructions
+    os.environ["MKL_CBWR"] = "COMPATIBLE" if instructions == "default" else "AUTO"
     call(place, "dvc", "repro", "-q")
     return json.loads((place / "metrics/comparison.json").read_text())
 
