@@ -4,8 +4,8 @@
     python bench/spread.py --runs 17/2/avx2 4/1/default --set sft.learning_rate=5e-4
 
 A run is SEED/THREADS/INSTRUCTIONS; the last is ATEN_CPU_CAPABILITY: default, avx2, or avx512, which is left out on a
-processor that lacks it. With `default`, MKL too takes none but the oldest. Each is a copy of the working tree. Prints a Markdown table (the one in docs/tiny.md) that ends
-with each column's standard deviation.
+processor that lacks it. With `default`, MKL too takes none but the oldest. Each is a copy of the working tree. Prints a
+Markdown table (the one in docs/tiny.md) that ends with each column's standard deviation.
 """
 
 from __future__ import annotations
