@@ -331,7 +331,8 @@ def _tail(parser: _Parser) -> Literal["one", "operation", "more"]:
         after = parser.token(-1).end
         next_word = parser.token(1).text.lower() if following == "word" else ""
         if token.kind in ("number", "fraction"):
-            hyphen = parser.text.startswith("-", token.end) and parser.kind(2) == "word"  # 3 30-minute episodes
+            # 3 30-minute episodes
+            hyphen = parser.text.startswith("-", token.end) and parser.kind(2) == "word"
             return "one" if hyphen or words > UNIT_WORDS else "more"
         if token.kind == "stop":
             if token.text == ":":
