@@ -23,7 +23,7 @@ from stages.run.files import sha256_file
 from stages.run.guard import leave_on_sigterm
 from stages.run.params import Hardware, load_params
 from stages.run.paths import PARAMS, PROFILES
-from stages.run.process import DEFAULTS, OFFLINE, SILENT
+from stages.run.process import ALLOCATORS, DEFAULTS, OFFLINE, SILENT
 
 CHECK_SECONDS = 120  # how long a host may take to answer
 WAIT_SECONDS = 600.0  # how long a cluster may be without any device
@@ -54,7 +54,8 @@ def ray_cluster() -> Iterator[Any]:
     import ray
 
     # A worker reads these before it imports torch; so do the processes that Ray Train starts.
-    settings = {name: os.environ[name] for name in {*SILENT, *DEFAULTS, OFFLINE} & {*os.environ}}
+    names = {*SILENT, *DEFAULTS, *ALLOCATORS, OFFLINE}
+    settings = {name: os.environ[name] for name in names & {*os.environ}}
     try:
         _knock(os.environ.get("RAY_ADDRESS", ""))
         ray.init(

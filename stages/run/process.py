@@ -29,6 +29,9 @@ DEFAULTS = {
     # MKL's sums do not depend on where in memory the numbers lie, so a second run gives the same bytes.
     "MKL_CBWR": "AUTO",
 }
+# CUDA memory comes in segments that grow, so that batches of ever new sizes leave no useless gaps between them. torch
+# reads the first of these names that is set (c10/cuda/CUDAAllocatorConfig.h).
+ALLOCATOR, ALLOCATORS = "expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def prepare_process(network: bool = False) -> None:
@@ -36,6 +39,8 @@ def prepare_process(network: bool = False) -> None:
     os.environ.update(SILENT)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if not any(name in os.environ for name in ALLOCATORS):
+        os.environ[ALLOCATORS[0]] = ALLOCATOR
     if not network:
         os.environ[OFFLINE] = "1"
     _keep_freed_memory()
@@ -50,7 +55,12 @@ def prepare_process(network: bool = False) -> None:
 
 
 def fix_arithmetic(threads: int | None, seed: int) -> None:
-    """Set the number of threads, deterministic algorithms, and the seed of torch's random numbers."""
+    """Set the number of threads, deterministic algorithms, and the seed of torch's random numbers.
+
+    cuDNN's attention, which torch prefers on Hopper and Blackwell GPUs (check_prefer_cudnn_attention in its
+    sdp_utils.cpp), is switched off: it builds a plan for every new shape and keeps it, and a batch that decodes has a
+    new shape at nearly every step.
+    """
     import torch
 
     if threads:
@@ -59,6 +69,7 @@ def fix_arithmetic(threads: int | None, seed: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = (
         False  # it costs time, and nothing reads such memory
     )
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
 
 
