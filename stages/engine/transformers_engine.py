@@ -22,6 +22,7 @@ from stages.engine.handout import batches
 from stages.policy.draw import Draws
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
+from stages.run.shortage import ran_out_of_memory
 
 SMALL = 64 << 20  # bytes; a larger model's weights would be read from memory once for each batch
 LEAVE_SHARE = 8  # finished rows leave their batch once they are one eighth of it
@@ -116,7 +117,9 @@ class TransformersEngine:
                 finished.add(completion.id)
                 yield completion
             return
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             if len(batch) == 1:
                 raise UserError(
                     f"out of memory with one row of up to {sum(_longest(batch)):,} tokens; lower max_new_tokens, "

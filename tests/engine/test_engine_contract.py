@@ -226,8 +226,13 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> 
         model.eval()
 
 
-@pytest.mark.parametrize("most", [1, 5])
-def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize(("most", "error"), [(1, torch.OutOfMemoryError("simulated")), (5, CUBLAS)])
+def test_out_of_memory_halves_the_batch(
+    model: Any, monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError
+) -> None:
     """Every request is completed as in a batch that fits, and later batches start at a size that fits."""
     requests = mixed_requests()
     wanted = complete(in_memory(model, batch=1), requests)
@@ -238,7 +243,7 @@ def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPa
         rows = len(kwargs["input_ids"])
         if rows > most and kwargs["input_ids"].shape[1] == 1:  # once prompts were read
             sizes.append(rows)
-            raise torch.OutOfMemoryError("simulated")
+            raise error
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", limited)
@@ -246,6 +251,15 @@ def test_out_of_memory_halves_the_batch(model: Any, monkeypatch: pytest.MonkeyPa
     assert found.keys() == wanted.keys()
     assert all(found[key].tokens == one.tokens for key, one in wanted.items())
     assert len(sizes) <= 4  # 16, 8, 4, 2: once, and not again for every batch
+
+
+def test_another_failure_is_raised_as_it_is(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(type(model), "forward", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        complete(in_memory(model, batch=16), mixed_requests())
 
 
 def test_one_row_out_of_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
