@@ -49,7 +49,9 @@ def draw(
 ) -> torch.Tensor:
     """Token ids (rows,) from logits (rows, vocabulary), by inverting the cumulative distribution.
 
-    A row of temperature 0 takes the likeliest token. `top_p` None draws from the whole vocabulary.
+    A row of temperature 0 takes the likeliest token. `top_p` None draws from the whole vocabulary. Where rounding
+    points to a token of probability 0, the likeliest one is taken too: a GPU adds up in blocks, so its cumulative sums
+    do not rise everywhere (on a CPU they do).
     """
     probabilities = (logits / temperature.clamp(min=1e-6)[:, None]).softmax(-1)
     if top_p is not None:
@@ -57,7 +59,8 @@ def draw(
     cumulative = probabilities.cumsum(-1)
     target = uniform[:, None] * cumulative[:, -1:]
     drawn = (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+    possible = probabilities.gather(1, drawn[:, None])[:, 0] > 0
+    return torch.where((temperature > 0) & possible, drawn, logits.argmax(-1))
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
