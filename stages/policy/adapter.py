@@ -22,7 +22,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def load_base(folder: Path = BASE) -> tuple[Any, Any]:
     """The model and tokenizer of a checkpoint folder: in the precision it was saved in, on the GPU if there is one."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(
+            device
+        )  # first of all: else what asks for no device in particular lands on GPU 0
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     return model.to(device), load_tokenizer(folder)
 
@@ -41,7 +46,9 @@ def load_policy(adapter: Path | None, base: Path = BASE, trainable: bool = False
     """The base model with `adapter` applied unmerged (or none), and its tokenizer."""
     model, tokenizer = load_base(base)
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        # Told no device, PEFT reads the weights onto GPU 0 (infer_device), in every process.
+        device = str(model.device)
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=device)
     return model.train(trainable), tokenizer
 
 
