@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from peft import PeftModel
 
 from stages.engine.transformers_engine import TransformersEngine
 from stages.engine.vllm_engine import VllmEngine
@@ -15,6 +15,7 @@ from stages.launch.memory import generation_batch
 from stages.policy.adapter import load_policy
 from stages.policy.request import Engine, EngineStartError, end_ids
 from stages.run.params import Hardware
+from stages.run.shortage import ran_out_of_memory
 
 
 def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
@@ -26,7 +27,9 @@ def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
         return VllmEngine(adapter)
     try:
         model, tokenizer = load_policy(adapter)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         raise EngineStartError(
             "the model does not fit into memory; `python -m stages check` says how much it needs"
         ) from None
@@ -34,6 +37,13 @@ def load_engine(adapter: Path | None, hardware: Hardware) -> Engine:
 
 
 def engine_around(model: Any, tokenizer: Any, hardware: Hardware) -> TransformersEngine:
-    """An engine around a model that is already in memory; it stops at every end token the model declares."""
+    """An engine around a model that is already in memory; it stops at every end token the model declares.
+
+    It calls the base model, which has the adapter's layers in it. Around the forward pass of the PEFT model that it
+    trains, accelerate wraps autocast for good (Accelerator.prepare_model), so that DPO's step 0, which comes before,
+    would be scored in another arithmetic than the later steps.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     ends = end_ids(tokenizer, model.generation_config)
     return TransformersEngine(model, ends, tokenizer.pad_token_id, partial(generation_batch, model, hardware))
