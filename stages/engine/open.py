@@ -10,10 +10,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.console import Console
+
 from stages.engine.load import load_engine
 from stages.engine.ray_engine import RayEngine
 from stages.engine.workers import WorkersEngine
-from stages.launch.devices import host_processes, launcher
+from stages.launch.devices import engine_kind, host_processes, launcher, visible_gpus
 from stages.launch.ray_cluster import ray_cluster
 from stages.policy.request import Engine, EngineStartError
 from stages.run.errors import UserError
@@ -31,11 +33,23 @@ def open_engine(adapter: Path | None, hardware: Hardware) -> Iterator[Engine]:
         with ray_cluster() as ray, RayEngine(ray, adapter, hardware) as ray_engine:
             yield ray_engine
     elif (count := host_processes(hardware)) > 1:
+        _name_plain_batches(hardware)
         with WorkersEngine(adapter, hardware, count) as workers:
             yield workers
     else:
+        _name_plain_batches(hardware)
         try:
             engine = load_engine(adapter, hardware)
         except EngineStartError as error:
             raise UserError(f"generation: {error}") from error
         yield engine
+
+
+def _name_plain_batches(hardware: Hardware) -> None:
+    """Say so when a GPU has to do without vLLM although nobody chose that."""
+    if hardware.engine == "auto" and visible_gpus() and engine_kind(hardware) == "transformers":
+        Console(stderr=True, soft_wrap=True).print(
+            "generation: vLLM is not installed, so the GPU computes plain batches, which take about four times as long "
+            "(an estimate; python bench/gpu.py measures it). To install it: pip install -r requirements-gpu.txt",
+            highlight=False,
+        )

@@ -37,6 +37,7 @@ class VllmEngine:
     def __init__(self, adapter: Path | None, base: Path = BASE) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
+        _own_cache()
         import torch
         from transformers import AutoConfig, GenerationConfig
         from vllm import LLM
@@ -51,6 +52,9 @@ class VllmEngine:
         if not torch.cuda.is_available():  # its part for CPUs cannot read a seeded request's prompt in pieces
             tokens = max(8192, config.max_position_embeddings)
             more |= {"enable_chunked_prefill": False, "max_num_batched_tokens": tokens}
+        # The stages' deterministic mode holds for the whole process. vLLM's kernels are not made for it: their order of
+        # sums depends on what runs together all the same, and it would only slow them down.
+        torch.use_deterministic_algorithms(False)
         self.lora = LoRARequest(adapter.name, 1, str(adapter.resolve())) if adapter is not None else None
         try:
             self.llm = LLM(
@@ -123,6 +127,22 @@ class VllmEngine:
             "stop" if stopped else "length",
             float(output.cumulative_logprob),
         )
+
+
+def _own_cache() -> None:
+    """Give the process of each GPU a folder of its own for compiled code.
+
+    vLLM names a folder by what it compiles and by its rank (compilation/backends.py). That is 0 in each of our
+    processes, so they would all write the same files when they start together.
+    """
+    device = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not device:  # this process is the only one
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("VLLM_CACHE_ROOT") or caches / "vllm")
+    own = f"gpu-{device}"
+    if root.name != own:  # not from an earlier engine of this process
+        os.environ["VLLM_CACHE_ROOT"] = str(root / own)
 
 
 def _room(adapter: Path) -> int:

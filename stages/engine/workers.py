@@ -42,7 +42,12 @@ class WorkersEngine:
     def __enter__(self) -> Self:
         if 0 < (gpus := visible_gpus()) < self.count:
             raise UserError(f"hardware.processes: {self.count}, but there are {gpus} GPUs; say auto")
-        self.workers = [self._start(rank) for rank in range(self.count)]
+        try:
+            for rank in range(self.count):
+                self.workers.append(self._start(rank))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,8 +88,9 @@ class WorkersEngine:
     def _start(self, rank: int) -> _Worker:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
+        # Not a daemon: those may have no child processes, and vLLM starts some for a part of its settings.
         process = context.Process(
-            target=serve, args=(theirs, rank, self.adapter, self.hardware, os.getpid()), daemon=True
+            target=serve, args=(theirs, rank, self.adapter, self.hardware, os.getpid()), daemon=False
         )
         process.start()
         theirs.close()

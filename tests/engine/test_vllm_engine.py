@@ -145,7 +145,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     module("vllm.lora")
     module("vllm.lora.request", LoRARequest=LoRARequest)
     module("vllm.sampling_params", RequestOutputKind=RequestOutputKind)
-    for name in vllm_engine.SETTINGS:
+    for name in (*vllm_engine.SETTINGS, "VLLM_CACHE_ROOT"):
         monkeypatch.setenv(name, "unset")  # so that what the engine sets is taken back
         monkeypatch.delenv(name)
 
@@ -225,6 +225,43 @@ def test_it_runs_in_this_process_and_reports_to_nobody(base: Path) -> None:
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     assert not LLM.made[0].enable_lora
+
+
+def test_deterministic_mode_is_off_while_vllm_computes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds for a whole process, and vLLM's kernels and compiled graphs would take slower ways."""
+    seen = []
+    monkeypatch.setattr(
+        LLM, "__init__", lambda *_, **__: seen.append(torch.are_deterministic_algorithms_enabled())
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        VllmEngine(None, base)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [False]
+
+
+@pytest.mark.parametrize(
+    ("device", "root", "cache"),
+    [
+        ("6", "/fast", "/fast/gpu-6"),
+        ("6", None, "/home/cache/vllm/gpu-6"),
+        (None, "/fast", "/fast"),
+        ("", None, None),
+    ],
+)
+def test_processes_on_different_gpus_share_no_compile_cache(
+    base: Path, monkeypatch: pytest.MonkeyPatch, device: str | None, root: str | None, cache: str | None
+) -> None:
+    """A second engine in the same process keeps the folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/cache")
+    for name, value in (("CUDA_VISIBLE_DEVICES", device), ("VLLM_CACHE_ROOT", root)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    for _ in range(2):
+        VllmEngine(None, base)
+        assert os.environ.get("VLLM_CACHE_ROOT") == cache
 
 
 def test_finished_requests_are_not_sent_again(base: Path) -> None:
