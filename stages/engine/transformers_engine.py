@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -148,8 +149,9 @@ class TransformersEngine:
         logprobs = np.zeros(len(batch))
         rows = torch.arange(len(batch), device=device)  # the batch rows still going
         asleep = torch.zeros(len(batch), dtype=torch.bool, device=device)  # finished, not yet taken out
-        cache = Cache(layer_class_to_replicate=_RoomyLayer)
-        for step in range(int(limits.max())):
+        steps = int(limits.max())
+        cache = Cache(layer_class_to_replicate=partial(_RoomyLayer, width + steps))
+        for step in range(steps):
             output = self.model(
                 input_ids=step_ids,
                 attention_mask=mask,
@@ -200,9 +202,14 @@ def _longest(requests: Sequence[Request]) -> tuple[int, int]:
 
 
 class _RoomyLayer(DynamicLayer):
-    """A cache layer with spare room, so that a new token is written in place and earlier ones are not copied."""
+    """A cache layer with spare room, so that a new token is written in place and earlier ones are not copied.
 
-    room = 64
+    When the room is used up it doubles, up to `most` tokens: so each token is copied about once.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -214,11 +221,9 @@ class _RoomyLayer(DynamicLayer):
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if after > self.key_store.shape[-2]:
-            shape = (*key_states.shape[:-2], after + self.room, key_states.shape[-1])
-            old_keys, old_values = self.key_store, self.value_store
-            self.key_store, self.value_store = key_states.new_zeros(shape), value_states.new_zeros(shape)
-            self.key_store[..., :before, :] = old_keys[..., :before, :]
-            self.value_store[..., :before, :] = old_values[..., :before, :]
+            room = max(after, min(2 * after, self.most))
+            self.key_store = _moved(self.key_store, before, room)
+            self.value_store = _moved(self.value_store, before, room)
         self.key_store[..., before:after, :] = key_states
         self.value_store[..., before:after, :] = value_states
         return self._show(after)
@@ -231,3 +236,10 @@ class _RoomyLayer(DynamicLayer):
     def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = self.key_store[..., :length, :], self.value_store[..., :length, :]
         return self.keys, self.values
+
+
+def _moved(store: torch.Tensor, length: int, room: int) -> torch.Tensor:
+    """The first `length` tokens of a store in one that has room for `room`."""
+    larger = store.new_empty((*store.shape[:-2], room, store.shape[-1]))
+    larger[..., :length, :] = store[..., :length, :]
+    return larger

@@ -215,6 +215,26 @@ def test_a_shared_prompt_is_read_once(model: Any) -> None:
     assert widths[1][1] == 1
 
 
+def test_the_cache_grows_by_doubling_and_never_beyond_the_longest_row(model: Any) -> None:
+    """A long answer copies what is there a few times, not every 64 tokens."""
+    rooms: list[int] = []
+    handle = model.register_forward_hook(
+        lambda module, args, kwargs, output: rooms.append(
+            kwargs["past_key_values"].layers[0].key_store.shape[-2]
+        ),
+        with_kwargs=True,
+    )
+    try:
+        prompt, limit = prompts(1)[0], 200
+        (one,) = TransformersEngine(model, [VOCABULARY + 1], PAD, 1).generate([Request("a", prompt, limit)])
+    finally:
+        handle.remove()
+    assert len(one.tokens) == limit == len(rooms)
+    first, most = 2 * len(prompt), len(prompt) + limit
+    assert rooms[0] == first and rooms[-1] == most == max(rooms)
+    assert len(set(rooms)) <= (most // first).bit_length() + 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_in_the_mode_it_was_in(model: Any, training: bool) -> None:
     """DPO generates while it trains."""
