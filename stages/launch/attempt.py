@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from stages.policy.context import context_size
 from stages.run.errors import UserError
 from stages.run.files import read_json, write_json
 from stages.run.params import Dpo, Sections, Sft, load_params
+from stages.run.shortage import ran_out_of_memory
 from stages.run.stage import StageRun
 from stages.train.trainer import Rows
 
 # Files in the run's folder
 ROWS = "rows.json"  # how the last attempt went through its batches
+PATIENCE = timedelta(
+    hours=2
+)  # how long one may wait for another: while DPO trains, their shares of answers differ
 END = "end.json"  # why one of several processes did not finish: {"out_of_memory": true} or {"error": "..."}
 
 
@@ -41,7 +46,8 @@ def fit_rows(run: StageRun, spec: Sft | Dpo, model: Any, longest: int, most: int
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     limit, checkpointing = training_rows(model, spec, run.params.hardware, longest, processes, most)
     if processes > 1:
-        PartialState(cpu=not torch.cuda.is_available())  # joins the other processes
+        # Joins the other processes. The first one to ask sets the time limit, and the trainer asks later.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         everyone = gather_object([(limit, checkpointing)])
         limit = min(rows for rows, _ in everyone)  # accumulation must be the same in all of them
         checkpointing = any(on for _, on in everyone)
@@ -57,8 +63,9 @@ def call(entry: str, run: StageRun, most: int | None) -> bool:
     try:
         getattr(importlib.import_module(module), name)(run, most)
         return True
-    except torch.OutOfMemoryError:
-        pass
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
     gc.collect()  # frees the model of the failed attempt
     torch.cuda.empty_cache()
     return False

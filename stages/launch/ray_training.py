@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from stages.launch.attempt import call_as_one_of_several, order_for, out_of_memory, rebuild
+from stages.launch.attempt import PATIENCE, call_as_one_of_several, order_for, out_of_memory, rebuild
 from stages.launch.devices import training_processes
 from stages.launch.ray_cluster import WAIT_SECONDS, last_line, ray_cluster, usable_places
 from stages.run.errors import UserError
@@ -85,11 +85,12 @@ def _choose_workers(ray: Any, run: StageRun, batch: int) -> tuple[int, dict[str,
 def _fit(entry: str, run: StageRun, count: int, resources: dict[str, float], most: int | None) -> str | None:
     """Train to the end (returns None) or until a worker dies (returns the reason, in one line)."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         work,
         train_loop_config={**order_for(entry, run, most), "project": str(Path.cwd())},
+        torch_config=TorchConfig(timeout_s=int(PATIENCE.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu="GPU" in resources, resources_per_worker=resources
         ),

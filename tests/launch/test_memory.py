@@ -26,7 +26,7 @@ from stages.policy.request import Request
 from stages.run.errors import UserError
 from stages.run.params import Dpo, Lora, Sft, load_params
 from stages.sft import RowTrainer
-from stages.train.pair_trainer import PairTrainer
+from stages.train.pair_trainer import PairTrainer, assert_same_start
 from tests.policy import SMALL
 
 # hidden, layers, heads, kv heads, ffn, vocab, LoRA rank, rows, tokens
@@ -148,9 +148,15 @@ def training_peak(
             ]
             arguments = DPOConfig(**common, beta=0.1, loss_type=["sigmoid"], loss_weights=[1.0])
             trainer = PairTrainer
-        trainer(
+        trainer = trainer(
             model=model, args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer
-        ).train()
+        )
+        if what == "dpo":
+            assert_same_start(trainer, data)
+            most, peak.most = peak.most, 0
+        trainer.train()
+        if what == "dpo":
+            assert most <= peak.most, "comparing policy and reference at the start takes more than training"
     return peak.most, shape_of(model)
 
 

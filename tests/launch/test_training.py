@@ -176,7 +176,7 @@ def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatc
     """If memory runs out while the model is loaded, fewer rows cannot help."""
 
     def load(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("simulated")
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
     monkeypatch.setattr(sft, "load_base", load)
     (project / "work").mkdir()
@@ -189,11 +189,17 @@ def test_a_model_that_does_not_fit(project: Path, monkeypatch: pytest.MonkeyPatc
 
 ENTRY = """
 import os, signal, time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 import torch
+from accelerate import PartialState
+from peft import LoraConfig
+from torch.distributed import distributed_c10d
 from stages import sft
 from stages.launch import memory
-from stages.launch.attempt import END, ROWS
+from stages.launch.attempt import END, ROWS, fit_rows
+from stages.policy.adapter import load_base
 from stages.run.errors import UserError
 from stages.run.files import write_json
 
@@ -244,6 +250,14 @@ def broken(run, most):
 def waiting(run, most):
     begin(run, most)
     wait()
+
+def joining(run, most):
+    model, _ = load_base()
+    fit_rows(run, run.params.sft, SimpleNamespace(peft_config={"default": LoraConfig(r=4)}, config=model.config,
+        parameters=model.parameters, get_memory_footprint=model.get_memory_footprint), 50, most)
+    PartialState(timeout=timedelta(seconds=1))  # as the trainer does later
+    options = distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options
+    Path(f"patience-{RANK}").write_text(str(options._timeout.total_seconds()))
 """
 
 
@@ -349,3 +363,9 @@ def test_two_processes_agree_on_their_rows(project: Path, start_two: Callable[[s
     start_two("little_memory")
     assert read_json(project / "work" / ROWS) == {"rows": 1, "checkpointing": False}
     assert_close(SFT_ADAPTER, wanted)
+
+
+def test_processes_wait_two_hours_for_each_other(project: Path, start_two: Callable[[str], str]) -> None:
+    """While DPO trains, one may answer for longer than the half hour after which NCCL gives up by default."""
+    start_two("joining")
+    assert [Path(f"patience-{rank}").read_text() for rank in (0, 1)] == ["7200.0", "7200.0"]

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
 from stages import dpo, sft
+from stages.engine.load import engine_around
 from stages.policy.adapter import (
     adapter_config,
     adapter_weights,
@@ -25,6 +26,7 @@ from stages.policy.adapter import (
     read_adapter,
     save_adapter,
 )
+from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
 from stages.run.params import Lora, Prompt, load_params
 from stages.run.paths import BASE, PAIRS, TRAIN
@@ -366,6 +368,43 @@ def test_dpo_starts_at_its_reference_which_does_not_move(
     assert all(not torch.equal(saved[name], now[name]) for name in saved)
     with pytest.raises(RuntimeError, match="must start at its reference"):
         assert_same_start(trainer, rows)
+
+
+def test_step_0_is_scored_in_the_arithmetic_of_later_steps(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    """Training wraps the forward pass of the model in autocast for good; what is generated stays the same."""
+    half = tmp_path / "half"
+    model, tokenizer = load_base(base_folder)
+    model.to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    trainer, rows = dpo_trainer(project, half, sft_adapter)
+    trainer.args.learning_rate = 0.0
+    hardware = load_params(SMALL).hardware
+    requests = [Request(str(i), tuple(row["prompt_ids"]), 20, i % 2, seed=i) for i, row in enumerate(rows)]
+
+    def answers() -> list[Completion]:
+        engine = engine_around(trainer.model, trainer.processing_class, hardware)
+        return sorted(engine.generate(requests), key=lambda one: one.id)
+
+    before = answers()
+    trainer.train()
+    assert trainer.args.bf16 and "_original_forward" in vars(trainer.model)
+    assert answers() == before
+
+
+def test_the_start_is_compared_on_one_pair_without_the_logits(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path
+) -> None:
+    """The logits of a whole pair are more than a training step holds of them."""
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter)
+    given, logits = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        collate = trainer.data_collator
+        patch.setattr(trainer, "data_collator", lambda rows: given.append(len(rows)) or collate(rows))
+        trainer.model.get_output_embeddings().register_forward_hook(lambda *_: logits.append(1))
+        assert_same_start(trainer, rows)
+    assert (given, logits) == ([1], [])
 
 
 def test_a_reference_that_moved_is_found(
