@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stages.launch import memory
+from stages.launch.compiler import compiler_problem
 from stages.launch.devices import engine_kind, micro_batch, training_processes
 from stages.launch.memory import GIB, Device, Need, Shape
 from stages.run.errors import UserError
@@ -128,13 +129,15 @@ def _scorer_problem(path: Path) -> str:
 
 
 def _gpu() -> Iterator[tuple[str, str]]:
-    """Whether torch can use the GPU whose driver is here. Nothing where GPUs are hidden on purpose."""
+    """Whether torch can use the GPU whose driver is here, and build for it. Nothing where GPUs are hidden by intent."""
     if NVIDIA.exists() and "CUDA_VISIBLE_DEVICES" not in os.environ:
         import torch
 
         built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda},"
         usable = torch.cuda.is_available()
         yield "GPU", "" if usable else f"{built} finds none, though the driver is here (docs/rented-host.md)"
+        if usable:
+            yield "GPU kernels", compiler_problem()
 
 
 def _print_needs(

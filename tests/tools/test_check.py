@@ -217,6 +217,18 @@ def test_a_gpu_that_torch_cannot_use(workplace: Path, monkeypatch: pytest.Monkey
     assert "1 process on CPU" in output()
 
 
+def test_a_gpu_for_which_no_kernel_can_be_built(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 29 GB are downloaded, one line says what to install."""
+    (workplace / "no-driver").touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(check, "compiler_problem", lambda: "no C compiler")
+    assert refusal()[0] == "GPU kernels: no C compiler"
+    monkeypatch.setattr(check, "compiler_problem", lambda: "")
+    assert re.search(r"GPU kernels +.* OK", output())
+
+
 def test_no_torch(workplace: Path) -> None:
     """`check` answers at once: a plain profile imports neither torch nor transformers."""
     code = (
