@@ -3,6 +3,7 @@
 #
 #   check              looks at what must be right before anything is installed; changes nothing
 #   setup              check, install into .venv (on a GPU with vLLM), then `python -m stages check`
+#   --no-vllm          after check or setup: without vLLM; generation then takes about four times as long
 #   start [ARGUMENTS]  runs `dvc repro ARGUMENTS` in tmux
 #   status             says whether it runs or how it ended, and shows the end of its log
 #   attach             shows it; Ctrl-b, then d, leaves it running
@@ -63,34 +64,55 @@ check_python() {
 
 check_tools() {
     local name missing=() tools=(git make tmux)
-    [ $gpu = 0 ] || tools+=(gcc) # Triton compiles for the GPU with it
     for name in "${tools[@]}"; do
         command -v "$name" >/dev/null || missing+=("$name")
     done
     if [ ${#missing[@]} = 0 ]; then ok "${tools[*]}"; else no "missing: sudo apt-get install -y ${missing[*]}"; fi
 }
 
+# Triton builds a piece of C for each kernel: by CC, else gcc, else clang, with Python's headers and libc's.
+check_compiler() {
+    local cc include said
+    [ $gpu = 1 ] && [ -n "$python" ] || return 0
+    cc=${CC:-$(command -v gcc || command -v clang || true)}
+    include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+    if [ -z "$cc" ]; then
+        no "no C compiler, with which Triton builds for the GPU: sudo apt-get install -y gcc libc6-dev"
+    elif said=$(echo '#include <Python.h>' | "$cc" -x c -fsyntax-only "-I$include" - 2>&1); then
+        ok "C compiler (${cc##*/})"
+    else
+        no "${cc##*/} cannot compile for Triton (${said%%$'\n'*}): sudo apt-get install -y gcc libc6-dev"
+    fi
+}
+
 check_disk() { # GB that .venv and pip's downloads take, with torch's CUDA and with vLLM
     local need=0 free say=ok
     [ -e .venv/installed ] || need=9
-    [ $gpu = 0 ] || [ -e .venv/installed-gpu ] || need=$((need + 6))
+    [ $gpu = 0 ] || [ $vllm = 0 ] || [ -e .venv/installed-gpu ] || need=$((need + 6))
     free=$(df -Pk . | awk 'NR == 2 {print int($4 * 1.024e-6)}')
     [ "$free" -ge $need ] || say=no
     $say "disk: $need GB needed to install, $free GB free"
 }
 
-check() {
+vllm=1
+check() { # [--no-vllm]
+    case "${*:-}" in
+        '') ;;
+        --no-vllm) vllm=0 ;;
+        *) die "no option '$*': scripts/host.sh help" ;;
+    esac
     check_driver
     check_python
     check_tools
+    check_compiler
     check_disk
     [ $problems = 0 ] || die "$problems to put right first"
 }
 
 setup() {
-    check
+    check "$@"
     make --no-print-directory "PYTHON=$python" .venv/installed .venv/installed-remote
-    [ $gpu = 0 ] || make --no-print-directory "PYTHON=$python" .venv/installed-gpu
+    [ $gpu = 0 ] || [ $vllm = 0 ] || make --no-print-directory "PYTHON=$python" .venv/installed-gpu
     .venv/bin/python -m stages check
 }
 
@@ -143,7 +165,8 @@ shift $(($# > 0))
 case $command in
     start) start "$@" ;;
     inside-tmux) inside_tmux "$@" ;;
-    check | setup | status | stop) "$command" ;;
+    check | setup) "$command" "$@" ;;
+    status | stop) "$command" ;;
     attach) in_tmux attach -t run || die "nothing runs: scripts/host.sh status" ;;
     help | --help | -h) sed -n '2,/^set/s/^# \{0,1\}//p' scripts/host.sh ;;
     *) die "no command '$command': scripts/host.sh help" ;;

@@ -22,6 +22,7 @@ needs_tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="tmux is not in
 
 PYTHON = """case "$2" in
     *version_info*) echo "${PYTHON_VERSION:-3.12}" ;;
+    *sysconfig.get_path*print* | *print*sysconfig.get_path*) echo /include ;;
     *ensurepip*) case "$2" in *Python.h*) [ -z "$NO_HEADERS" ] ;; esac ;;
     stages) [ -z "$BAD_PARAMS" ] || { echo "error: a parameter"; exit 1; } ;;
 esac"""
@@ -30,7 +31,8 @@ STAND_INS = {
     "df": 'echo header; echo "/dev/x 1 1 $((${FREE_GB:-400} * 1000000000 / 1024 + 1)) 1% /"',
     "python3": PYTHON,
     "git": "",
-    "gcc": "",
+    "gcc": """cat >"$HOST/compiled"; echo "$*" >"$HOST/cc"
+        [ -z "$NO_LIBC" ] || { echo "x.h:1: fatal error: y.h"; exit 1; }""",
     "make": """echo "$*" >>"$HOST/made"; mkdir -p .venv/bin
         cp "$HOST/bin/python3" .venv/bin/python; cp "$HOST/dvc" .venv/bin/dvc; touch "${@:3}" """,
 }
@@ -135,7 +137,8 @@ def test_a_good_host_passes_and_nothing_is_changed(host: Host) -> None:
     assert host.run("check").splitlines() == [
         "ok    NVIDIA driver 580.95.05, 1 GPU(s)",
         "ok    Python 3.12 (python3)",
-        "ok    git make tmux gcc",
+        "ok    git make tmux",
+        "ok    C compiler (gcc)",
         "ok    disk: 15 GB needed to install, 400 GB free",
     ]
     assert sorted(host.root.rglob("*")) == before
@@ -166,6 +169,8 @@ def test_a_driver_that_does_not_answer_is_refused_and_none_is_not(host: Host) ->
         ({"PYTHON_VERSION": "3.10"}, "NO    Python 3.11 or newer with venv, on a GPU also Python.h, is needed (found:"),
         ({"NO_HEADERS": "1"}, "Python.h, is needed (found: 3.12)"),
         ({"PYTHON": "python9"}, "(found: none)"),
+        ({"NO_LIBC": "1"}, "NO    gcc cannot compile for Triton (x.h:1: fatal error: y.h): sudo apt-get"),
+        ({"CC": "/bin/none"}, "NO    none cannot compile for Triton ("),
         ({"FREE_GB": "14"}, "NO    disk: 15 GB needed to install, 14 GB free"),
     ],
 )  # fmt: skip
@@ -180,8 +185,33 @@ def test_missing_tools_are_named(host: Host) -> None:
     (host.here / "bin" / "tmux").unlink(missing_ok=True)
     (host.here / "bin" / "gcc").unlink()
     said = host.run("check", status=1)
-    assert "\nNO    missing: sudo apt-get install -y tmux gcc\n" in said
-    assert said.endswith("\nerror: 1 to put right first\n")
+    assert "\nNO    missing: sudo apt-get install -y tmux\n" in said
+    assert (
+        "\nNO    no C compiler, with which Triton builds for the GPU: sudo apt-get install -y gcc libc6"
+        in said
+    )
+    assert said.endswith("\nerror: 2 to put right first\n")
+
+
+@needs_tmux
+def test_the_compiler_is_tried_with_pythons_headers(host: Host) -> None:
+    host.run("check")
+    assert host.written("compiled") == ["#include <Python.h>"]
+    assert host.written("cc") == ["-x c -fsyntax-only -I/include -"]
+    script(host.here / "bin" / "clang", "cat >/dev/null")
+    (host.here / "bin" / "gcc").unlink()
+    assert "ok    C compiler (clang)" in host.run("check")
+
+
+@needs_tmux
+def test_vllm_may_be_left_out(host: Host) -> None:
+    said = host.run("setup", "--no-vllm", FREE_GB="9")
+    assert "ok    disk: 9 GB needed to install, 9 GB free" in said
+    assert host.written("made") == [
+        "--no-print-directory PYTHON=python3 .venv/installed .venv/installed-remote"
+    ]
+    assert "NO    disk: 6 GB needed" in host.run("check", status=1, FREE_GB="5")
+    assert host.run("setup", "--vllm", status=1).endswith("error: no option '--vllm': scripts/host.sh help\n")
 
 
 def test_the_driver_is_that_of_the_pinned_torch() -> None:
