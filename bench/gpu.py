@@ -88,7 +88,7 @@ LENGTHS = {
     "prompt": (30, 58, 63, 66, 69, 71, 74, 76, 79, 81, 84, 87, 90, 93, 96, 100, 105, 111, 120, 132, 261),
     "answer": (32, 60, 68, 75, 81, 88, 93, 98, 104, 110, 117, 124, 132, 140, 149, 159, 170, 184, 205, 239, 465),
 }  # fmt: skip
-# What `--try` adds, each beside the stages' own setting, which sorts rows by length and takes few at once. With
+# What `--try` adds, each beside the stages' own setting, which balances tokens and takes few rows at once. With
 # "inputs in 32 bits" PEFT copies every input of the adapter, as in TRL's trainers.
 TRIALS: dict[str, dict[str, Any]] = {
     "2 rows": {"hardware": {"per_device_batch": 2}},
@@ -642,7 +642,7 @@ def make_trainer(
     from stages.launch.attempt import fit_rows
     from stages.sft import RowTrainer
     from stages.train.pair_trainer import PairTrainer
-    from stages.train.trainer import trainer_arguments, training_set
+    from stages.train.trainer import BalancedTokens, trainer_arguments, training_set
 
     phase = plan["phase"]
     spec, seed = getattr(run.params, phase), run.params.seed
@@ -658,21 +658,20 @@ def make_trainer(
             arguments |= {"beta": spec.beta, "loss_type": list(spec.loss_type)}
             arguments |= {"loss_weights": list(spec.loss_weights)}
         order = [0] * len(rows) if plan.get("unsorted") else lengths
-        data = training_set(rows, order, spec, seed, fitting.micro_batch)
+        data = training_set(rows, order, spec, seed)
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1000}
     arguments |= plan.get("arguments", {})
     common = {"model": model, "train_dataset": data, "processing_class": tokenizer, "callbacks": [clock]}
     plain = plan.get("plain_trainer")
+    order = () if plan.get("defaults") else (BalancedTokens,)  # which rows are computed together
     if phase == "sft":
         config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-        return (SFTTrainer if plain else RowTrainer)(args=config, **common)
-
-    class PlainPairTrainer(DPOTrainer):
-        """TRL's trainer on pairs that are already tokens."""
-
-        _prepare_dataset = PairTrainer._prepare_dataset
-
-    return (PlainPairTrainer if plain else PairTrainer)(args=DPOConfig(**arguments), **common)
+        return (type("PlainTrainer", (*order, SFTTrainer), {}) if plain else RowTrainer)(
+            args=config, **common
+        )
+    as_tokens = {"_prepare_dataset": PairTrainer._prepare_dataset}
+    kind = type("PlainPairTrainer", (*order, DPOTrainer), as_tokens) if plain else PairTrainer
+    return kind(args=DPOConfig(**arguments), **common)
 
 
 def training_rows(phase: str, run: StageRun, small: bool) -> list[dict[str, list[int]]]:

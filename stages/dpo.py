@@ -93,7 +93,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
                 loss_weights=[weight for one, weight in losses.items() if one != "sft"] or [0.0],
             ),
             nll=losses.get("sft", 0.0),
-            train_dataset=training_set(rows, lengths, spec, seed, rows_at_once.micro_batch),
+            train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],
         )

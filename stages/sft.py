@@ -25,6 +25,7 @@ from stages.run.resume import newest_checkpoint, step_of
 from stages.run.stage import StageRun, stage_run
 from stages.text.prompts import completion_ids, completion_text, prompt_ids
 from stages.train.trainer import (
+    BalancedTokens,
     InputsAsTheyAre,
     Progress,
     assert_trainable,
@@ -35,7 +36,7 @@ from stages.train.trainer import (
 )
 
 
-class RowTrainer(InputsAsTheyAre, SFTTrainer):
+class RowTrainer(BalancedTokens, InputsAsTheyAre, SFTTrainer):
     """TRL's trainer on rows that are already tokens."""
 
 
@@ -84,7 +85,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
         trainer = RowTrainer(
             model=model,
             args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-            train_dataset=training_set(rows, lengths, spec, seed, rows_at_once.micro_batch),
+            train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],
         )

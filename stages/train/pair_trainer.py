@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,38 @@ from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from stages.policy.adapter import adapter_weights, read_adapter
-from stages.train.trainer import InputsAsTheyAre
+from stages.train.trainer import BalancedTokens, InputsAsTheyAre
 
 
-class PairTrainer(InputsAsTheyAre, DPOTrainer):
+class PairTrainer(BalancedTokens, InputsAsTheyAre, DPOTrainer):
     """TRL's trainer on pairs that are already tokens: training divides prompt and completion as generation does.
 
     `nll` weighs the negative log-likelihood of the chosen completions beside TRL's losses: for each completion the mean
     over its tokens, as in Pang et al. 2024 (arXiv 2404.19733), equation 2. TRL's own `sft` loss is the mean over all
     tokens of a micro-batch, so it depends on how a batch is cut into micro-batches.
+
+    Micro-batches have different numbers of pairs (BalancedTokens), and each counts by that number, so that the loss is
+    the mean over the pairs of the global batch. The figures that TRL logs beside it are means over micro-batches.
     """
 
     def __init__(self, *args: Any, nll: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.nll = nll
+        gather = self.accelerator.gather
+
+        def gather_rows(values: torch.Tensor) -> torch.Tensor:
+            """As `Accelerator.gather`, which needs equally many rows in all processes."""
+            if not values.dim():
+                return gather(values)
+            everyone = gather(self.accelerator.pad_across_processes(values, pad_index=math.nan))
+            return everyone[~everyone.isnan()]
+
+        self.accelerator.gather = gather_rows
+
+    def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The micro-batch's share of the loss of its optimizer step; see `transformers.Trainer`."""
+        pairs = len(inputs["input_ids"]) // 2  # the batch is [chosen, rejected]
+        return super().compute_loss(model, inputs, *args, **kwargs) * (pairs / self.args.train_batch_size)
 
     def _compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool
@@ -38,7 +57,7 @@ class PairTrainer(InputsAsTheyAre, DPOTrainer):
         loss = super()._compute_loss(watched, inputs, return_outputs)
         if not self.nll:
             return loss
-        mask = inputs["completion_mask"][:, 1:].chunk(2)[0]  # the batch is [chosen, rejected]
+        mask = inputs["completion_mask"][:, 1:].chunk(2)[0]
         logprobs = seen[0].log_probs[:, -mask.shape[1] :].chunk(2)[0]
         return loss - self.nll * ((logprobs * mask).sum(1) / mask.sum(1)).mean()
 

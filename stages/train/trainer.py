@@ -14,17 +14,20 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from stages.run.files import atomic_write
 from stages.run.params import Dpo, Sft
 from stages.run.resume import TRAINER, mark_complete
+
+LENGTH = "length"  # the column with a row's tokens
 
 
 @dataclass(frozen=True)
 class Rows:
     """How each process goes through its share of a global batch."""
 
-    micro_batch: int  # rows of one forward pass
+    micro_batch: int  # rows of one forward pass, on average
     accumulation: int  # forward passes of one optimizer step
     checkpointing: bool  # whether the backward pass recomputes activations
 
@@ -65,6 +68,31 @@ def assert_trainable(model: Any) -> int:
     if not trained or strangers:
         raise RuntimeError(f"the adapter alone must be trainable; found {strangers[:3] or 'nothing'}")
     return sum(trained.values())
+
+
+class BalancedTokens:
+    """Mixed into TRL's trainers: each process, in each pass, takes about as many tokens as any other, not rows.
+
+    The rows of a global batch are sorted by length, so that little is padding, and cut where the padded sizes are most
+    alike (transformers' BatchRebalanceSampler): a few long ones, or many short ones. Which rows share an optimizer step
+    does not change. A batch that one process takes at once stays as it is: sorting would only round its sums otherwise.
+    """
+
+    args: TrainingArguments
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        passes, processes = self.args.gradient_accumulation_steps, self.args.world_size
+        if passes * processes == 1:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return BatchRebalanceSampler(
+            lengths=self.train_dataset[LENGTH],
+            effective_batch_size=self.args.train_batch_size * passes * processes,
+            dp_size=processes,
+            grad_accum=passes,
+            shuffle=False,  # the training set is in order
+            rank=self.args.process_index,
+        )
 
 
 class InputsAsTheyAre:
@@ -114,33 +142,24 @@ class Progress(TrainerCallback):
             mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
-def training_order(lengths: Sequence[int], batch: int, epochs: int, seed: int, sort: bool) -> list[int]:
+def training_order(rows: int, batch: int, epochs: int, seed: int) -> list[int]:
     """The indices of the rows in the order of training: epoch after epoch, in whole global batches.
 
     Every epoch is shuffled with its own seed. The first rows are repeated to fill the last batch, because the trainer
-    would fill it differently for each number of processes. `sort` sorts the rows inside each batch by length, so that
-    a micro-batch needs little padding; it does not change which rows share a batch.
+    would fill it differently for each number of processes.
     """
-    wanted = math.ceil(len(lengths) / batch) * batch
+    wanted = math.ceil(rows / batch) * batch
     order: list[int] = []
     for epoch in range(epochs):
         shuffled = torch.randperm(wanted, generator=torch.Generator().manual_seed(seed + epoch))
-        order += [place % len(lengths) for place in shuffled.tolist()]
-    if not sort:
-        return order
-    batches = [order[at : at + batch] for at in range(0, len(order), batch)]
-    return [place for one in batches for place in sorted(one, key=lengths.__getitem__)]
+        order += [place % rows for place in shuffled.tolist()]
+    return order
 
 
-def training_set(
-    rows: list[Any], lengths: list[int], spec: Sft | Dpo, seed: int, micro_batch: int
-) -> Dataset:
-    """The rows of all epochs in the order of training, for a trainer with `trainer_arguments`.
-
-    A batch that fits into one forward pass is not sorted: that would only change how its sums are rounded.
-    """
-    order = training_order(lengths, spec.batch, spec.epochs, seed, sort=micro_batch < spec.batch)
-    return Dataset.from_list(rows).select(order)
+def training_set(rows: list[Any], lengths: list[int], spec: Sft | Dpo, seed: int) -> Dataset:
+    """The rows of all epochs in the order of training, each with its length in tokens."""
+    measured = [{**row, LENGTH: length} for row, length in zip(rows, lengths, strict=True)]
+    return Dataset.from_list(measured).select(training_order(len(rows), spec.batch, spec.epochs, seed))
 
 
 def total_steps(rows: int, spec: Sft | Dpo) -> int:

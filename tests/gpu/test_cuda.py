@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
+from stages.dpo import pair_length
 from stages.engine.load import engine_around
 from stages.policy.adapter import adapter_weights
 from stages.policy.request import Completion, Request, request_seed
 from stages.run.params import load_params
 from stages.sft import RowTrainer
 from stages.train.pair_trainer import PairTrainer
-from stages.train.trainer import Rows, trainer_arguments
+from stages.train.trainer import Rows, trainer_arguments, training_set
 from tests.policy import SMALL
 from tests.policy import complete as complete_all
 
@@ -147,7 +147,9 @@ def trained(policy: Any, tokenizer: Any, tmp_path: Path) -> Callable[[str], tupl
                 rows.append({"prompt_ids": before, "chosen_ids": good, "rejected_ids": bad})
         arguments = trainer_arguments(spec, 3, policy, at_once, tmp_path) | {"save_strategy": "no"}
         assert arguments["bf16"] is True and arguments["use_cpu"] is False
-        common = {"model": policy, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+        lengths = [len(row["input_ids"]) if phase == "sft" else pair_length(row) for row in rows]
+        data = training_set(rows, lengths, spec, 3)
+        common = {"model": policy, "train_dataset": data, "processing_class": tokenizer}
         if phase == "sft":
             config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
             trainer: Any = RowTrainer(args=config, **common)

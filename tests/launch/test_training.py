@@ -28,9 +28,9 @@ from stages.launch.attempt import ROWS
 from stages.launch.training import train_everywhere
 from stages.policy.adapter import read_adapter
 from stages.run.errors import UserError
-from stages.run.files import read_json, write_jsonl
+from stages.run.files import read_json, read_jsonl, write_jsonl
 from stages.run.params import BuiltModel, Sections, load_params
-from stages.run.paths import BASE, DPO_ADAPTER, PAIRS, SFT_ADAPTER, TRAIN, VALID
+from stages.run.paths import BASE, DPO_ADAPTER, DPO_CURVE, PAIRS, SFT_ADAPTER, TRAIN, VALID
 from stages.run.stage import StageRun
 from stages.tiny.model import build_tokenizer, corpus
 from stages.tiny.problems import problems
@@ -102,7 +102,10 @@ def assert_close(adapter: Path, wanted: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture
 def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[int]]:
-    """A function that makes training passes over more than `most` rows run out of memory, after `after` passes."""
+    """A function that makes training passes over more than `most` tokens run out of memory, after `after` passes.
+
+    Padding counts. It returns the rows of each pass.
+    """
 
     def limit(most: int, after: int) -> list[int]:
         seen: list[int] = []
@@ -111,7 +114,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[i
         def limited(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled():
                 seen.append(len(input_ids))
-                if len(seen) > after and len(input_ids) > most:
+                if len(seen) > after and input_ids.numel() > most:
                     raise torch.OutOfMemoryError("simulated")
             return forward(self, input_ids, *args, **kwargs)
 
@@ -137,14 +140,16 @@ def test_half_the_rows_from_the_newest_checkpoint(
     start(stage, project / "small", per_device_batch=2)
     wanted = read_adapter(adapter)
     shutil.rmtree(adapter)
-    # DPO's validation has no gradients and is not counted. Each step of 8 rows is one pass.
-    seen = limit_memory(2 * sequences, 3)
+    # DPO's validation has no gradients and is not counted. Each step of 8 rows is one pass. Two rows, or three short
+    # ones, are at most 310 tokens; half a batch is more than 350.
+    seen = limit_memory(330 * sequences, 3)
     said = start(stage, project / "large", per_device_batch=8)
     assert f"{stage}  out of memory with 8 rows; trying again with 4" in said
     assert f"{stage}  out of memory with 4 rows; trying again with 2" in said
-    four_passes = [8 * sequences] * 4
-    rest = [2 * sequences] * (4 * (STEPS - 2))
-    assert seen == [*four_passes, 4 * sequences, *rest]
+    assert seen[:4] == [8 * sequences] * 4
+    rest = seen[5:]  # without the pass over half a batch
+    assert len(rest) == 4 * (STEPS - 2)
+    assert {sum(rest[at : at + 4]) for at in range(0, len(rest), 4)} == {8 * sequences}
     assert_close(adapter, wanted)
 
 
@@ -196,10 +201,11 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig
 from torch.distributed import distributed_c10d
-from stages import sft
+from stages import dpo, sft
 from stages.launch import memory
 from stages.launch.attempt import END, ROWS, fit_rows
 from stages.policy.adapter import load_base
+from stages.train.pair_trainer import PairTrainer
 from stages.run.errors import UserError
 from stages.run.files import write_json
 
@@ -251,6 +257,15 @@ def waiting(run, most):
     begin(run, most)
     wait()
 
+def counting(run, most):
+    seen, compute = [], PairTrainer.compute_loss
+    def counted(self, model, inputs, *args, **kwargs):
+        seen.append(len(inputs["input_ids"]) // 2)
+        return compute(self, model, inputs, *args, **kwargs)
+    PairTrainer.compute_loss = counted
+    dpo.train(run, most)
+    write_json(Path(f"pairs-{RANK}"), seen)
+
 def joining(run, most):
     model, _ = load_base()
     fit_rows(run, run.params.sft, SimpleNamespace(peft_config={"default": LoraConfig(r=4)}, config=model.config,
@@ -262,14 +277,14 @@ def joining(run, most):
 
 
 @pytest.fixture
-def start_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+def start_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A function that starts one of the functions in ENTRY in two processes."""
     (project / "entry.py").write_text(ENTRY)
     profile = project / "profiles" / "small.yaml"
     text = profile.read_text().replace("processes: 1", "processes: 2")
     profile.write_text(text.replace("per_device_batch: 8", "per_device_batch: auto"))
     monkeypatch.syspath_prepend(str(project))  # the processes inherit it
-    return lambda function: start("sft", project / "work", f"entry:{function}")
+    return lambda function, stage="sft": start(stage, project / "work", f"entry:{function}")
 
 
 def fork(patch: pytest.MonkeyPatch) -> None:
@@ -363,6 +378,28 @@ def test_two_processes_agree_on_their_rows(project: Path, start_two: Callable[[s
     start_two("little_memory")
     assert read_json(project / "work" / ROWS) == {"rows": 1, "checkpointing": False}
     assert_close(SFT_ADAPTER, wanted)
+
+
+def test_processes_take_as_many_tokens_not_pairs(project: Path, start_two: Callable[..., str]) -> None:
+    """One takes the few long pairs of a batch, the other the many short ones; they learn what one process does."""
+    answer = "3*4=12. " * 9
+    pairs = list(read_jsonl(PAIRS, {"chosen": str}))
+    for pair in pairs[::5]:
+        pair["chosen"] = answer + pair["chosen"]
+    write_jsonl(PAIRS, pairs)
+    start("sft", project / "sft")
+    start("dpo", project / "one", per_device_batch=8, processes=1)
+    wanted, curve = read_adapter(DPO_ADAPTER), DPO_CURVE.read_text()
+    shutil.rmtree(DPO_ADAPTER)
+    start_two("counting", "dpo")
+    counts = list(zip(*(read_json(project / f"pairs-{rank}") for rank in (0, 1)), strict=True))
+    assert [sum(pair) for pair in counts] == [8] * STEPS
+    assert any(min(pair) < 4 for pair in counts)
+    assert_close(DPO_ADAPTER, wanted)
+    for one, two in zip(curve.splitlines()[1:], DPO_CURVE.read_text().splitlines()[1:], strict=True):
+        assert [*map(float, two.split(","))] == pytest.approx(
+            [*map(float, one.split(","))], rel=1e-2, abs=1e-3
+        )
 
 
 def test_processes_wait_two_hours_for_each_other(project: Path, start_two: Callable[[str], str]) -> None:

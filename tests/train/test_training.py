@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -146,7 +146,7 @@ def sft_trainer(project: SimpleNamespace, base_folder: Path, at_once: Rows = TWO
     return sft.RowTrainer(
         model=model,
         args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=training_set(rows, lengths, SFT, 3, at_once.micro_batch),
+        train_dataset=training_set(rows, lengths, SFT, 3),
         processing_class=tokenizer,
     )
 
@@ -173,16 +173,21 @@ def sft_adapter(project: SimpleNamespace, base_folder: Path, tmp_path: Path) -> 
 
 
 def dpo_trainer(
-    project: SimpleNamespace, base_folder: Path, adapter: Path, nll: float = 0.0
+    project: SimpleNamespace,
+    base_folder: Path,
+    adapter: Path,
+    nll: float = 0.0,
+    loss: str = "sigmoid",
+    at_once: Rows = TWO_ROWS,
 ) -> tuple[Any, list[dict[str, list[int]]]]:
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
     rows, _ = dpo.build_rows(project, tokenizer)
-    arguments = trainer_arguments(DPO, 3, model, TWO_ROWS, project.work) | {"save_strategy": "no"}
+    arguments = trainer_arguments(DPO, 3, model, at_once, project.work) | {"save_strategy": "no"}
     trainer = PairTrainer(
         model=model,
-        args=DPOConfig(**arguments, beta=DPO.beta, loss_type=["sigmoid"], loss_weights=[1.0]),
-        train_dataset=Dataset.from_list(rows),
+        args=DPOConfig(**arguments, beta=DPO.beta, loss_type=[loss], loss_weights=[1.0]),
+        train_dataset=training_set(rows, [dpo.pair_length(row) for row in rows], DPO, 3),
         processing_class=tokenizer,
         nll=nll,
     )
@@ -270,44 +275,66 @@ def test_exactly_the_adapter_must_be_trainable(base_folder: Path, sft_adapter: P
 
 def test_the_order_of_training() -> None:
     """Each epoch has every row, the first ones twice to fill the last batch, and its own order by seed."""
-    lengths = [5, 3, 9, 1, 7]
-    order = training_order(lengths, 4, 2, 17, sort=False)
+    order = training_order(5, 4, 2, 17)
     assert [sorted(order[at : at + 8]) for at in (0, 8)] == [[0, 0, 1, 1, 2, 2, 3, 4]] * 2
-    assert order[:8] != order[8:] and order == training_order(lengths, 4, 2, 17, sort=False)
-    assert order != training_order(lengths, 4, 2, 18, sort=False)
-    assert training_order([7], 3, 1, 17, sort=True) == [0, 0, 0]
+    assert order[:8] != order[8:] and order == training_order(5, 4, 2, 17)
+    assert order != training_order(5, 4, 2, 18)
+    assert training_order(1, 3, 1, 17) == [0, 0, 0]
     assert total_steps(9, SFT) == 3
 
 
-def test_sorting_by_length_stays_within_the_batch() -> None:
-    """The same rows are in every step, with and without it."""
-    lengths = [37 * n % 101 for n in range(50)]
-    plain = training_order(lengths, 8, 3, 17, sort=False)
-    by_length = training_order(lengths, 8, 3, 17, sort=True)
-    assert plain != by_length and len(plain) == 3 * 56
-    for at in range(0, len(plain), 8):
-        batch = by_length[at : at + 8]
-        assert sorted(batch) == sorted(plain[at : at + 8])
-        assert [lengths[place] for place in batch] == sorted(lengths[place] for place in batch)
+WHOLE, HALVES, SINGLE = Rows(4, 1, False), Rows(2, 2, False), Rows(1, 4, False)
 
 
-def test_the_trainer_takes_the_rows_in_that_order(project: SimpleNamespace, base_folder: Path) -> None:
-    """One row at a time and a whole batch at once see the same batches and learn the same."""
-    losses = []
-    for at_once in (Rows(4, 1, False), Rows(1, 4, False)):
-        trainer = sft_trainer(project, base_folder, at_once)
+def passes(trainer: Any) -> list[list[list[int]]]:
+    """The lengths of the rows in each pass of each step."""
+    count, key = trainer.args.gradient_accumulation_steps, "input_ids"
+    pad = trainer.processing_class.pad_token_id
+    lengths = [batch[key].ne(pad).sum(1).tolist() for batch in trainer.get_train_dataloader()]
+    return [lengths[at : at + count] for at in range(0, len(lengths), count)]
+
+
+def test_passes_take_as_many_tokens_and_a_step_its_rows(project: SimpleNamespace, base_folder: Path) -> None:
+    """A batch taken at once keeps its order. Else a long row may stand alone beside three short ones."""
+    first = PROBLEMS[0]
+    long = {**first, "solution": "1+1=2. " * 7 + first["solution"]}
+    TRAIN.write_text("".join(json.dumps(row) + "\n" for row in [*PROBLEMS[:7], long]), encoding="utf-8")
+    whole, halves = (passes(sft_trainer(project, base_folder, at_once)) for at_once in (WHOLE, HALVES))
+    assert [sorted(chain(*step)) for step in halves] == [sorted(chain(*step)) for step in whole]
+    rows = sft.build_rows(project, byte_level())[0]
+    order = training_order(len(rows), SFT.batch, SFT.epochs, 3)
+    assert [length for (one,) in whole for length in one] == [
+        len(rows[place]["input_ids"]) for place in order
+    ]
+    longest = max(chain(*chain(*halves)))
+    (with_long,) = [step for step in halves if longest in chain(*step)]
+    assert sorted(len(one) for one in with_long) == [1, 3]
+
+
+@pytest.mark.parametrize("loss", ["sft", "sigmoid", "ipo", "hinge", "sigmoid beside nll"])
+def test_the_rows_of_a_pass_change_nothing_that_is_learned(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, loss: str
+) -> None:
+    """A whole batch at once, passes of unequal numbers of rows, and one row at a time learn the same."""
+    losses, adapters = [], []
+    for at_once in (WHOLE, HALVES, SINGLE):
+        name, _, nll = loss.partition(" beside ")
+        trainer: Any
+        if loss == "sft":
+            trainer = sft_trainer(project, base_folder, at_once)
+        else:
+            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, bool(nll), name, at_once)
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # what it drops depends on the rows of a pass
-        data, size = trainer.train_dataset, at_once.micro_batch
-        batches = [batch["input_ids"] for batch in trainer.get_train_dataloader()]
-        lengths = [ids.ne(trainer.processing_class.pad_token_id).sum(1).tolist() for ids in batches]
-        assert [len(one) for one in lengths] == [size] * (len(data) // size)
-        assert [n for one in lengths for n in one] == [len(row["input_ids"]) for row in data]
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        adapters.append(adapter_weights(trainer.model))
     assert len(losses[0]) == total_steps(len(PROBLEMS), SFT) > 1
+    for other, adapter in zip(losses[1:], adapters[1:], strict=True):
+        assert other == pytest.approx(losses[0], rel=1e-4)
+        for name, weight in adapters[0].items():
+            torch.testing.assert_close(adapter[name], weight, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
