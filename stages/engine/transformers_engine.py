@@ -204,7 +204,8 @@ def _longest(requests: Sequence[Request]) -> tuple[int, int]:
 class _RoomyLayer(DynamicLayer):
     """A cache layer with spare room, so that a new token is written in place and earlier ones are not copied.
 
-    When the room is used up it doubles, up to `most` tokens: so each token is copied about once.
+    When the room is used up it doubles, up to `most` tokens: so each token is copied about once. The prompts get none,
+    because reading them takes the most memory.
     """
 
     def __init__(self, most: int) -> None:
@@ -221,7 +222,7 @@ class _RoomyLayer(DynamicLayer):
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if after > self.key_store.shape[-2]:
-            room = max(after, min(2 * after, self.most))
+            room = max(after, min(2 * after, self.most)) if before else after
             self.key_store = _moved(self.key_store, before, room)
             self.value_store = _moved(self.value_store, before, room)
         self.key_store[..., before:after, :] = key_states

@@ -208,7 +208,7 @@ def generation_need(shape: Shape, rank: int | None, prompt: int, new: int) -> Ne
 
     Fixed: the weights, and the adapter in 32 bits (`rank` None: no adapter). A row: its keys and values in every block,
     and those of two more blocks for the moment when the cache grows or drops finished rows. The cache grows by
-    doubling, to the longest row at most. Added is the larger of two peaks: reading the prompts, or drawing a token from
+    doubling once the prompts are read, to the longest row at most. Added is the larger of two peaks: reading the prompts, or drawing a token from
     the logits.
     """
     fixed = shape.parameters() * shape.width + (shape.adapter_parameters(rank) * 4 if rank else 0)
@@ -217,8 +217,8 @@ def generation_need(shape: Shape, rank: int | None, prompt: int, new: int) -> Ne
     # Reading: gate and up, with LoRA's branch in 32 bits; states, queries, repeated keys and values; the mask of a
     # padded batch, as booleans and as numbers.
     wide = 2 * shape.width + 10 if rank else 3 * shape.width
-    reading = prompt * (shape.ffn * wide + (4 * shape.hidden + 3 * shape.queries) * shape.width)
-    reading += min(2 * prompt, room) * token + prompt * prompt * (shape.width + 1)
+    reading = prompt * (token + shape.ffn * wide + (4 * shape.hidden + 3 * shape.queries) * shape.width)
+    reading += prompt * prompt * (shape.width + 1)
     # Drawing: logits, probabilities and their sums in 32 bits, sorted values with 64-bit indices, and the sort's own.
     drawing = room * (token + 12) + 48 * shape.vocab
     return Need(fixed, max(reading, drawing))
