@@ -24,11 +24,10 @@ from stages.run.shortage import ran_out_of_memory
 from stages.run.stage import StageRun
 from stages.train.trainer import Rows
 
+# How long a process may wait for another one: while DPO trains, each answers its share of the validation problems.
+PATIENCE = timedelta(hours=2)
 # Files in the run's folder
 ROWS = "rows.json"  # how the last attempt went through its batches
-PATIENCE = timedelta(
-    hours=2
-)  # how long one may wait for another: while DPO trains, their shares of answers differ
 END = "end.json"  # why one of several processes did not finish: {"out_of_memory": true} or {"error": "..."}
 
 
