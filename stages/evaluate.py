@@ -4,7 +4,10 @@ A row of data/platinum_eval/<policy>.jsonl:
 
     {"id": "platinum-00003", "question": "...", "gold": "10", "completion": "... #### 10", "answer": "10",
      "correct": true, "flexible_answer": "10", "flexible_correct": true, "tokens": 41, "finish": "stop",
-     "leak": false, "answers_found": 1, "samples": [{"completion": "...", "answer": "10", "correct": true, ...}]}
+     "leak": false, "answers_found": 1, "samples": [{"completion": "...", "answer": "10", "correct": true, "tokens": 38,
+                  "finish": "stop", "logprob": -3.1}]}
+
+`logprob` is the summed log-probability of the completion at temperature 1, as in data/rollouts.jsonl.
 """
 
 from __future__ import annotations
@@ -92,6 +95,7 @@ def build_row(
                 **sample_verdict(one["text"], gold, question),
                 "tokens": one["tokens"],
                 "finish": one["finish"],
+                "logprob": one["logprob"],
             }
             for one in drawn
         ]

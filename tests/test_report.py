@@ -21,6 +21,7 @@ from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
 from stages.stats.one import BOOTSTRAP_SEED, summarise
 from stages.stats.paired import compare
+from stages.stats.vote import VoteSummary
 from tests.browser import CHROMIUM, Browser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -63,6 +64,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
     write_jsonl(root / f"data/platinum_eval/{name}.jsonl", rows)
     write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, seed=1))
+
+
+def put_votes(root: Path, name: str, **without: bool) -> dict[str, Any]:
+    """The vote of a policy as its stage writes it, with weights made up here."""
+    summary, rng = VoteSummary("s_cf"), random.Random(name)
+    for row in rows_of(name):
+        weights = {rule: [rng.random() for _ in row["samples"]] for rule in ("s_end", "s_cf", "both")}
+        summary.add(row, {rule: values for rule, values in weights.items() if rule not in without})
+    write_json(root / f"metrics/vote_details/{name}.json", summary.metrics())
+    return summary.metrics()
 
 
 def add_everything(root: Path) -> None:
@@ -159,6 +170,35 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     verdict = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]["verdict"]
     assert f"SFT → DPO, greedy: {verdict}." in page.replace("\u00a0", " ")
     assert 'class="warn"' not in page
+
+
+def test_page_shows_the_votes(workplace: Path) -> None:
+    """A row a policy, and a row a signal; what one policy's samples could not be weighed by is a dash."""
+    votes = {name: put_votes(workplace, name) for name in ("base", "sft")}
+    put_votes(workplace, "dpo", both=True)
+    report.main()
+    page = (workplace / "report.html").read_text()
+    section = page.split('<section id="votes">')[1].split("</section>")[0]
+    assert "<h2>Votes of 4 samples</h2>" in section and '<a href="#votes">' in page
+    for vote in votes.values():
+        for key in ("maj_at_4", "coherent_at_4", "pass_at_4"):
+            assert f"<td>{100 * vote[key]:.1f} %" in section
+        for key in ("difference", "control_difference"):
+            low, high = 100 * vote[f"{key}_low"], 100 * vote[f"{key}_high"]
+            words = f'<td>{100 * vote[key]:+.1f} points<span class="soft">{low:+.1f} to {high:+.1f}</span>'
+            assert words in section
+    assert section.split('<th scope="row">both</th>')[1].count("<td>–</td>") == 3
+    assert section.split('<th scope="row">s_<wbr>cf</th>')[1].split("</tr>")[0].count("<td>") == 9
+
+
+def test_page_without_votes(workplace: Path) -> None:
+    """Not voted yet, or without samples."""
+    report.main()
+    assert 'id="votes"' not in (workplace / "report.html").read_text()
+    write_json(workplace / "metrics/vote_details/sft.json", {"questions": 0})
+    report.main()
+    assert 'id="votes"' not in (workplace / "report.html").read_text()
+    assert "elect" not in table_text()
 
 
 def test_page_of_one_policy(workplace: Path) -> None:
@@ -327,6 +367,18 @@ def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
     assert "WARNING base: 100.0% of the completions were cut at the token limit" in text
     for place in ("report.html", "dvc metrics show", "dvc plots show"):
         assert place in text
+
+
+def test_table_of_the_votes(workplace: Path) -> None:
+    vote = put_votes(workplace, "sft")
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "The answer that 4 samples elect, weighted by s_cf, in percent" in text
+    line = next(line for line in text.split("elect")[1].splitlines() if line.strip().startswith("SFT"))
+    keys = ("maj_at_4", "coherent_at_4", "difference", "control_difference", "pass_at_4")
+    found = [float(cell) for cell in re.findall(r"(?<![(–.\d])[+-]?\d+\.\d(?!\d)", line)]
+    assert found[:3] == [round(100 * vote[key], 1) for key in keys[:3]]
+    assert found[-2:] == [round(100 * vote[key], 1) for key in keys[3:]]
 
 
 def test_table_needs_only_the_metrics(workplace: Path) -> None:

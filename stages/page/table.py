@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import UserError
 from stages.run.files import read_json
-from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES
+from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
 from stages.stats.one import health_warnings, samples_in
 from stages.stats.paired import p_words
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def print_results(console: Console | None = None) -> None:
@@ -67,6 +68,10 @@ def print_results(console: Console | None = None) -> None:
         before = name
 
     console.print(table)
+    votes = {name: read_json(path) for name in policies if (path := VOTE_DETAILS / f"{name}.json").is_file()}
+    votes = {name: vote for name, vote in votes.items() if vote["questions"]}
+    if votes:
+        console.print(_vote_table(votes))
     for line in words:
         console.print(escape(line), highlight=False)
     for line in warnings:
@@ -78,6 +83,33 @@ def print_results(console: Console | None = None) -> None:
         ("dvc plots show", "curves, arms, coherence"),
     ):
         console.print(f"  {command:<18}{what}", highlight=False)
+
+
+def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What the vote by coherence brought each policy, against the majority of the same samples."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    first = next(iter(votes.values()))
+    k = first["samples"]
+    title = f"The answer that {k} samples elect, weighted by {first['vote']}, in percent"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for number, name in enumerate(
+        ("policy", "majority", "coherent (95 %)", "change", "p", "shuffled", f"pass@{k}")
+    ):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for name, vote in votes.items():
+        k = vote["samples"]
+        coherent, low, high = (100 * vote[f"coherent_at_{k}{end}"] for end in ("", "_low", "_high"))
+        table.add_row(
+            POLICIES[name],
+            f"{100 * vote[f'maj_at_{k}']:.1f}",
+            f"{coherent:.1f} ({low:.1f}–{high:.1f})",
+            *_change(vote, "difference", "p"),
+            f"{100 * vote['control_difference']:+.1f}",
+            f"{100 * vote[f'pass_at_{k}']:.1f}",
+        )
+    return table
 
 
 def _change(step: Mapping[str, Any], difference: str, p: str) -> list[str]:

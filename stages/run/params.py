@@ -67,6 +67,7 @@ class RegimeW(Section):
 
     scorer: str
     weights: SignalWeights
+    vote: Literal["s_end", "s_path", "s_cf", "s_wm", "reach", "logprob", "both", "all"]
     reward: Reward
     suspect_from: Share
 
@@ -388,21 +389,31 @@ RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline")
 
 
 class Sections:
-    """The declared sections of the parameters, as attributes; any other name is a programming error."""
+    """The declared sections of the parameters, as attributes; any other name is a programming error.
+
+    `regime_w.vote` declares one key of a section: the section can be read, and only the key is recorded.
+    """
 
     def __init__(self, params: Params, names: tuple[str, ...]) -> None:
         self._params = params
         self.declared = names
 
     def __getattr__(self, name: str) -> Any:
-        if name not in (*self.declared, "hardware", "profile"):
+        if name not in (*(section.partition(".")[0] for section in self.declared), "hardware", "profile"):
             raise AttributeError(f"section '{name}' was not declared by this stage")
         return getattr(self._params, name)
 
     def read(self) -> dict[str, Any]:
         """The declared values that may change results, as plain data for manifest and fingerprint."""
         data = self._params.model_dump(mode="json")
-        return {name: data[name] for name in self.declared}
+        values: dict[str, Any] = {}
+        for name in self.declared:
+            section, _, key = name.partition(".")
+            if key:
+                values.setdefault(section, {})[key] = data[section][key]
+            else:
+                values[section] = data[section]
+        return values
 
 
 def load_params(root: Path = Path()) -> Params:

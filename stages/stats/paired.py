@@ -16,6 +16,8 @@ from stages.stats.one import Row, bootstrap_interval, count_right, interval_keys
 
 ALPHA = 0.05
 POWER = 0.8
+SHARES = 720_720  # divides by every number up to 16
+SAME = "no difference can be seen: every question scored the same"
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -124,6 +126,37 @@ def conclusion(difference: float, p: float, visible: float | None, name_a: str, 
     )
 
 
+def paired_rates(
+    before: Sequence[float] | NDArray[np.float64],
+    after: Sequence[float] | NDArray[np.float64],
+    names: tuple[str, str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The paired difference of two rates: `after` minus `before`, one value in [0, 1] for each question.
+
+    The values are shares 1/m of a question (a tie of m answers). `p` is that of the sign-flip test, which is exact for
+    up to 16 tied answers. Keys: difference (with _low, _high), p, smallest_visible, verdict.
+    """
+    changes = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    steps = np.rint(changes * SHARES).astype(np.int64)
+    p = sign_flip_p(steps // max(1, int(np.gcd.reduce(steps))), seed)
+    difference = float(changes.mean())
+    visible = _visible(changes)
+    return {
+        **interval_keys("difference", difference, bootstrap_interval(changes, seed)),
+        "p": p,
+        "smallest_visible": visible,
+        "verdict": conclusion(difference, p, visible, *names) if steps.any() else SAME,
+    }
+
+
+def _visible(changes: NDArray[np.float64]) -> float | None:
+    """The smallest visible mean difference, by the normal approximation; None when no question changed."""
+    # (z of a two-sided alpha + z of the power) standard errors.
+    z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
+    return z * float(np.std(changes)) / sqrt(len(changes)) or None
+
+
 def _by_id(rows: Sequence[Row], name: str) -> dict[Any, Row]:
     index: dict[Any, Row] = {}
     for row in rows:
@@ -202,9 +235,7 @@ def compare_sides(
     steps = b.right * (unit // b.samples) - a.right * (unit // a.samples)
     mean_p = sign_flip_p(steps, seed)
     difference = float(steps.sum() / (unit * n))
-    # Normal approximation: (z of a two-sided alpha + z of the power) standard errors.
-    z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
-    mean_visible = z * float(np.std(steps / unit)) / sqrt(n) or None
+    mean_visible = _visible(steps / unit)
     return out | {
         "samples_a": a.samples,
         "samples_b": b.samples,
@@ -213,7 +244,5 @@ def compare_sides(
         **interval_keys("mean_difference", difference, bootstrap_interval(steps / unit, seed)),
         "mean_p": mean_p,
         "mean_smallest_visible": mean_visible,
-        "mean_verdict": conclusion(difference, mean_p, mean_visible, name_a, name_b)
-        if steps.any()
-        else "no difference can be seen: every question scored the same",
+        "mean_verdict": conclusion(difference, mean_p, mean_visible, name_a, name_b) if steps.any() else SAME,
     }

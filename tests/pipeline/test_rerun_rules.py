@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
+VOTES = {"vote@base", "vote@sft", "vote@dpo"}
 AFTER_COHERENCE = {"preference", "dpo", "evaluate@dpo", "headline", "report"}
 
 
@@ -49,20 +50,22 @@ TINY = "profiles/tiny.yaml"
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "by", "stage"),
+    ("file", "key", "by", "stages"),
     [
-        ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, "coherence"),
-        ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, "preference"),
-        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, "rollout"),
-        (TINY, "dpo.beta", lambda x: x * 2, "dpo"),
-        (TINY, "sft.lora.r", lambda x: x * 2, "sft"),
+        ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, {"coherence", *VOTES}),
+        ("params.yaml", "regime_w.reward.kappa", lambda x: x / 2, {"coherence"}),
+        ("params.yaml", "regime_w.vote", lambda _: "s_wm", VOTES),
+        ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, {"preference"}),
+        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, {"rollout"}),
+        (TINY, "dpo.beta", lambda x: x * 2, {"dpo"}),
+        (TINY, "sft.lora.r", lambda x: x * 2, {"sft"}),
     ],
 )
-def test_a_parameter_reruns_its_stage(
-    project: Project, file: str, key: str, by: Callable[[Any], Any], stage: str
+def test_a_parameter_reruns_its_stages(
+    project: Project, file: str, key: str, by: Callable[[Any], Any], stages: set[str]
 ) -> None:
     change(project, file, key, by)
-    assert set(project.status()) == {stage}
+    assert set(project.status()) == stages
 
 
 def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
@@ -90,7 +93,8 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
     ("file", "stages"),
     [
         ("stages/evaluate.py", {"evaluate@base", "evaluate@sft", "evaluate@dpo"}),
-        ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference"}),
+        ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference", *VOTES}),
+        ("stages/stats/vote.py", {"report", *VOTES}),
         ("stages/page/svg.py", {"report"}),
         ("stages/engine/load.py", set()),  # how it is run
     ],
@@ -104,7 +108,7 @@ def test_changed_code_reruns_the_stages_that_compute_with_it(
     assert set(project.status()) == stages
 
 
-def test_a_private_scorer_outside_the_tree_reruns_coherence(copy_run: Callable[[], Project]) -> None:
+def test_a_private_scorer_outside_the_tree_is_a_dependency(copy_run: Callable[[], Project]) -> None:
     """The scorer may lie anywhere. Its content is compared, and no absolute path is written down."""
     project = copy_run()
     private = project.root.parent / "private" / "scorer.py"
@@ -112,11 +116,11 @@ def test_a_private_scorer_outside_the_tree_reruns_coherence(copy_run: Callable[[
     shipped = (project.root / "stages/regime_w/signals.py").read_text(encoding="utf-8")
     private.write_text(shipped, encoding="utf-8")
     project.update("params.yaml", {"regime_w.scorer": "../private/scorer.py"})
-    assert project.repro("coherence") == ["coherence"]
+    assert set(project.repro("coherence", *sorted(VOTES))) == {"coherence", *VOTES}
     assert project.status() == {}  # the same scores: nothing follows
     private.write_text(shipped + "\n# changed\n", encoding="utf-8")
     status = project.status()
-    assert set(status) == {"coherence"}
+    assert set(status) == {"coherence", *VOTES}
     (changed,) = status["coherence"]
     assert [Path(name).name for name in changed["changed deps"]] == ["scorer.py"]
     lock = (project.root / "dvc.lock").read_text(encoding="utf-8")
@@ -140,14 +144,27 @@ def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(
     project.update("params.yaml", {"regime_w.weights": {"s_end": 0.1, "s_path": 0.1, "s_cf": 0.8}})
     plan = json.loads(project.stages("plan", "--json").stdout)
     ran = project.repro()
-    (coherence,) = plan["will_run"]
-    assert coherence["stage"] == "coherence"
+    will_run = {one["stage"]: one for one in plan["will_run"]}
+    assert set(will_run) == {"coherence", *VOTES}
+    coherence = will_run["coherence"]
     assert any("regime_w.weights.s_cf" in why and why.endswith("→ 0.8") for why in coherence["reasons"])
     assert coherence["last"]["seconds"] > 0
     assert {one["stage"] for one in plan["may_follow"]} == AFTER_COHERENCE
-    assert ran[:3] == ["coherence", "preference", "dpo"]
-    assert set(ran) <= {"coherence", *AFTER_COHERENCE}
+    assert [stage for stage in ran if stage not in VOTES][:3] == ["coherence", "preference", "dpo"]
+    assert VOTES < set(ran) <= {"coherence", *VOTES, *AFTER_COHERENCE}
     assert "report" in ran
     assert {name: (project.root / name).stat().st_mtime_ns for name in early} == times
     assert (project.root / "data/regime_w_rollouts.jsonl").read_bytes() != scored
+    assert project.status() == {}
+
+
+def test_another_signal_for_the_vote_reruns_the_votes_and_the_page(copy_run: Callable[[], Project]) -> None:
+    project = copy_run()
+    elected = (project.root / "metrics/vote/sft.json").read_bytes()
+    project.update("params.yaml", {"regime_w.vote": "s_end"})
+    ran = project.repro()
+    assert set(ran) == {*VOTES, "report"}
+    assert (project.root / "metrics/vote/sft.json").read_bytes() != elected
+    few = json.loads((project.root / "metrics/vote/sft.json").read_text())
+    assert few["coherent_at_4"] == few["maj_at_4"]  # s_end is the majority
     assert project.status() == {}
