@@ -7,8 +7,9 @@ One question is put to every reader: does this completion state this gold answer
 
 - real: 4 x 1,319 solutions of OpenAI's models with the published `is_correct`, as published (`A: N`) and with
   GSM8K's own ending (`#### N`) instead, which the harness's strict filter looks for; left out without --source
-- endings, numbers, leaks, thinking: the cases of tests/text/test_answers_*.py that state an answer. They were
-  written for our reader, and its tests demand all of them: they show what others do there, not who is better.
+- statements, numbers, no number, prompts, thoughts: the tables of tests/text/test_{answers,number,span}.py. They were
+  written for our reader, and its tests demand all of them: they show what others do there, not who is better. Of those
+  with no single number, the first number is asked for, which is wrong.
 
 The harness is its published gsm8k task, version 3.0: stop words, filters, and exact_match after removing
 commas, dollar signs and a last full stop (EleutherAI/lm-evaluation-harness, lm_eval/tasks/gsm8k/gsm8k.yaml and
@@ -37,6 +38,7 @@ INSTALL = "python3 -m venv bench/.venv && bench/.venv/bin/pip install -r bench/r
 UNTIL = ("Question:", "</s>", "<|im_end|>")
 STRICT_MATCH = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE_EXTRACT = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+DIGITS = re.compile("[0-9]+")
 IGNORED = [re.compile(pattern) for pattern in (",", r"\$", "(?s).*#### ", r"\.$")]
 
 
@@ -152,26 +154,28 @@ def real_cases(source: Path) -> dict[str, list[Case]]:
 
 
 def test_cases() -> dict[str, list[Case]]:
-    """The cases with an answer from the tests' own parameters."""
-    order, numbers, leaks = (load_tests(name) for name in ("order", "numbers", "leaks"))
-    endings = [(text, strict) for text, strict, _ in parameters(order.test_order_of_statements)]
-    thoughts = parameters(order.test_thinking_is_not_looked_at)
-    written = [(f"#### {text}", x) for text, x in parameters(numbers.test_number_is_read_as_a_person_would)]
-    texts = parameters(leaks.test_answer_is_the_solutions_own_and_the_leak_is_said)
+    """The cases with an answer from the tests' own tables."""
+    number, span, answers = (load_tests(name) for name in ("number", "span", "answers"))
+    written = [case for cases in number.NUMBERS.values() for case in cases]
+    several = [text for texts in number.UNREADABLE.values() for text in texts]
+    stated = [(text, strict) for cases in answers.STATEMENTS.values() for text, strict, _ in cases if strict]
     return {
-        "endings": [Case(text, gold, None, True) for text, gold in endings if gold],
-        "numbers": [Case(text, gold, None, True) for text, gold in written],
-        # The one without a statement of its own before the leak is left out.
-        "leaks": [
-            Case(text, "18", leaks.QUESTION, True) for text in texts if not text.startswith("9*2=18. A:")
+        "statements": [Case(text, gold, None, True) for text, gold in stated],
+        "numbers": [Case(f"#### {text}", gold, None, True) for text, gold in written],
+        "no number": [
+            Case(f"#### {text}", first[0], None, False) for text in several if (first := DIGITS.findall(text))
         ],
-        "thinking": [Case(text, gold, None, True) for text, gold in thoughts if gold],
+        "prompts": [
+            *(Case(text, "18", span.QUESTION, True) for text in span.WITH_THE_QUESTION.values()),
+            *(Case(text, "18", None, True) for text in span.WITHOUT.values()),
+        ],
+        "thoughts": [Case(text, "18", None, True) for text in span.THOUGHTS.values()],
     }
 
 
 def load_tests(name: str) -> ModuleType:
-    """The module tests/text/test_answers_NAME.py."""
-    path = ROOT / "tests" / "text" / f"test_answers_{name}.py"
+    """The module tests/text/test_NAME.py."""
+    path = ROOT / "tests" / "text" / f"test_{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -180,11 +184,6 @@ def load_tests(name: str) -> ModuleType:
     except ImportError as error:
         raise SystemExit(f"{path}: needs {error.name}, which is not installed here: {INSTALL}") from None
     return module
-
-
-def parameters(test: Any) -> Sequence[Any]:
-    """What `pytest.mark.parametrize` gives a test."""
-    return next(mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
 
 
 # ---- measuring -----------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from stages.run.files import read_json, read_jsonl, write_json
 from stages.run.params import Params, load_params
 from stages.run.paths import BASE, PLATINUM, PLATINUM_EVAL, SFT_ADAPTER, WORK
 from stages.run.process import OFFLINE
-from stages.text.answers import parse_number
+from stages.text.number import stated
 from stages.text.prompts import prompt_ids, prompt_text
 
 HARNESS = ROOT / "bench/.venv/bin/lm_eval"
@@ -238,7 +238,7 @@ def differences(key: str, ours: list[Row], theirs: list[Row]) -> list[tuple[str,
             reason = "its filter finds no answer"
         elif own[answer] is None:
             reason = "only its filter finds an answer"
-        elif parse_number(extracted) == Fraction(own[answer]):
+        elif stated(extracted) == Fraction(own[answer]):
             reason = "the same number, written in another way"
         else:
             reason = "another number was taken"

@@ -210,7 +210,7 @@ def changed(
 
 @app.command(rich_help_panel=TOOLS)
 def ask(
-    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    question: Annotated[str, typer.Argument(help="The question, in quotes; - is the standard input.")],
     policy: Annotated[Policy, typer.Option(help="Who answers.")] = "dpo",
     temperature: Annotated[
         float, typer.Option(min=0, max=5, help="0 is greedy: always the likeliest token.")

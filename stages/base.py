@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
+from rich.markup import escape
 
 from stages.checkpoint import weights
 from stages.checkpoint.hub import Repository
-from stages.checkpoint.skeleton import skeleton
-from stages.checkpoint.source import SMALL_FILES, Folder, Source, check_room, weight_files
+from stages.checkpoint.look import divide, look
+from stages.checkpoint.source import Folder, Source, check_room
 from stages.checkpoint.weights import MB
-from stages.run.errors import UserError
 from stages.run.files import atomic_folder
 from stages.run.params import BuiltModel, DirectoryModel, HubModel, ShippedModel
 from stages.run.paths import BASE, SHIPPED
@@ -53,37 +51,32 @@ def build(run: StageRun, spec: BuiltModel) -> Path:
 
 def take(run: StageRun, spec: HubModel | DirectoryModel, source: Source) -> None:
     """Fetch a model, check that everything fits together, and write it in the profile's precision."""
-    # The small files: config and tokenizer.
-    if "config.json" not in source.names:
-        raise source.trouble or UserError(f"{source.folder}: has no config.json, so it is no model")
-    source.fetch([name for name in source.names if re.fullmatch(SMALL_FILES, name)], lambda count: None)
-    model, tokenizer = skeleton(spec, source.folder)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    # Which weights there are, and whether the disk has room for them.
-    dtype = getattr(torch, spec.dtype)
-    expected = weights.Expected(model)
-    files = weight_files(source, expected)
-    check_room(run, source, files, expected.bytes(dtype) - weights.finished_bytes(run))
+    def say(line: str) -> None:
+        run.say(escape(line))  # "[PAD]" is a token, not a style
 
-    # Download and convert them.
-    missing = source.missing_bytes(files)
+    # The small files first: what is wrong with the config, the tokenizer or the index shows before the download.
+    found = look(spec, source, say)
+    check_room(run, source, found.files, found.expected.bytes(found.dtype) - weights.finished_bytes(run))
+
+    # Download and convert the weights.
+    missing = source.missing_bytes(found.files)
     with in_megabytes(run, "downloading", missing) as advance:
-        source.fetch(files, advance)
+        source.fetch(found.files, advance)
     if missing:
         run.facts["downloaded_mb"] = round(missing / MB)
-    pieces = weights.divide_all(source.folder, files, expected, dtype)
-    converted = weights.convert(run, source.folder, pieces, dtype)
+    pieces = divide(found, source, say)
+    converted = weights.convert(run, source.folder, pieces, found.expected, found.dtype)
 
     # Write the checkpoint.
     with atomic_folder(BASE) as folder:
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        found.model.config.save_pretrained(folder)
+        found.model.generation_config.save_pretrained(folder)
+        found.tokenizer.save_pretrained(folder)
         for path in converted:
             put(path, folder / path.name)
-        weights.write_index(folder, converted, pieces, parameters)
-    run.finish(f"converted to {spec.dtype} safetensors: {parameters:,} parameters")
+        weights.write_index(folder, converted, pieces, found.parameters())
+    run.finish(f"converted to {spec.dtype} safetensors: {found.parameters():,} parameters")
 
 
 @contextlib.contextmanager

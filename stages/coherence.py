@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.launch.cores import map_in_order, usable_cores
-from stages.regime_w.scorer import QUESTION_FIELDS, load_scorer, score_batch
+from stages.regime_w.record import read_questions
+from stages.regime_w.scorer import load_scorer, score_batch
 from stages.regime_w.tally import Tally, write_plots
 from stages.run.errors import UserError
-from stages.run.files import atomic_write, read_jsonl, write_json
+from stages.run.files import atomic_write, write_json
 from stages.run.params import load_params
 from stages.run.paths import REGIME_W_METRICS, REGIME_W_PLOTS, ROLLOUTS, SCORED
 from stages.run.stage import stage_run
@@ -72,6 +73,6 @@ def main(
 
 def batches(rollouts: Path) -> Iterator[list[dict[str, Any]]]:
     """The questions of the file in lists of BATCH."""
-    records = read_jsonl(rollouts, QUESTION_FIELDS)
+    records = read_questions(rollouts)
     while batch := list(islice(records, BATCH)):
         yield batch

@@ -75,9 +75,8 @@ def train(run: StageRun, most_rows: int | None) -> None:
         )
 
     # Model: the SFT adapter is trained further. TRL makes a frozen copy of it as the reference.
-    config = adapter_config(model)
+    config, trained = adapter_config(model), assert_trainable(model)
     losses = dict(zip(spec.loss_type, spec.loss_weights, strict=True))
-    trained = assert_trainable(model)
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)

@@ -17,6 +17,7 @@ from typing import Any
 from stages.engine.open import open_engine
 from stages.policy.adapter import load_tokenizer
 from stages.policy.complete import complete
+from stages.policy.context import Model, base_context, refuse_long
 from stages.policy.request import Request, request_seed
 from stages.run.files import read_jsonl, write_json, write_jsonl
 from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, PLATINUM_METRICS
@@ -45,6 +46,8 @@ def main(policy: str) -> None:
 
         # One request for the greedy answer, one for each sample.
         tokenizer = load_tokenizer()
+        model = Model(tokenizer, base_context(), run.params.prompt)
+        refuse_long(PLATINUM, problems, [(None, None)], model, "evaluate.max_new_tokens", spec.max_new_tokens)
         requests = []
         for problem in problems:
             prompt = tuple(prompt_ids(tokenizer, run.params.prompt, problem["question"]))

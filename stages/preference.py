@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.regime_w.pairs import KINDS, make_pairs
+from stages.regime_w.record import read_questions
 from stages.run.errors import UserError
-from stages.run.files import read_jsonl, write_json, write_jsonl
+from stages.run.files import write_json, write_jsonl
 from stages.run.paths import PAIRS, PREFERENCE_METRICS, SCORED
 from stages.run.stage import stage_run
 
@@ -19,8 +20,7 @@ from stages.run.stage import stage_run
 def main(rollouts: Path = SCORED, out: Path = PAIRS, metrics: Path = PREFERENCE_METRICS) -> None:
     """Make the pairs of `rollouts` (as coherence writes them). Raises UserError when not one can be made."""
     with stage_run("preference", sections=("preference",), inputs=[rollouts], outputs=[out, metrics]) as run:
-        questions = read_jsonl(rollouts, {"id": str, "question": str, "trajectories": list})
-        pairs, summary = make_pairs(questions, run.params.preference)
+        pairs, summary = make_pairs(read_questions(rollouts, scored=True), run.params.preference)
         if not pairs:
             refused = {
                 reason: count for kind in KINDS for reason, count in summary[kind]["refused"].items() if count

@@ -4,8 +4,9 @@
 
 An id is the row's place in its source, so it does not change when cleaning drops other rows. A question that occurs
 twice is kept once. A training question that is also in Platinum (all of it, or 13 words in a row) is removed. Every
-removal is counted in `metrics/data.json`. A generated row with a deliberately wrong answer (`data.wrong_labels`) has
-`planted: true`. No stage learns from that field. It only serves to measure how well suspect labels are found.
+removal is counted in `metrics/data.json`, and so are rows with HTML entities (`&amp;`), which are kept as they are. A
+generated row with a deliberately wrong answer (`data.wrong_labels`) has `planted: true`. No stage learns from that
+field. It only serves to measure how well suspect labels are found.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from itertools import islice
 from pathlib import Path
 
 from stages.run.errors import UserError
-from stages.run.files import atomic_folder, read_numbered_jsonl, write_json, write_jsonl
+from stages.run.files import atomic_folder, write_json, write_jsonl
 from stages.run.params import FilesData, GeneratedData, HubData, HubDataset, load_params
 from stages.run.paths import DATA_METRICS, PROBLEMS
 from stages.run.stage import stage_run
-from stages.text.rows import FIELDS, GRAM, Cleaner, Overlap, Row, checked_row
+from stages.text.rows import GRAM, Cleaner, Overlap, Row, checked_row, entity
+from stages.text.sources import FORMATS, read_source
 from stages.tiny.problems import Split, labelled
 
 
@@ -30,10 +32,10 @@ def main() -> None:
     inputs = [Path(data.train), Path(data.platinum)] if isinstance(data, FilesData) else []
     for path in inputs:
         if not path.is_file():
-            raise UserError(f"{path}: there is no such file; data.train and data.platinum name JSONL files")
+            raise UserError(f"{path}: there is no such file; own.train and own.platinum name {FORMATS}")
     outputs = [PROBLEMS, DATA_METRICS]
     with stage_run("prepare", sections=("data", "seed"), inputs=inputs, outputs=outputs) as run:
-        splits, counts = make_splits(data, run.params.seed)
+        splits, counts, entities = make_splits(data, run.params.seed)
         with atomic_folder(PROBLEMS) as folder:
             for name, rows in splits.items():
                 write_jsonl(folder / f"{name}.jsonl", rows)
@@ -46,18 +48,24 @@ def main() -> None:
         what = ", ".join(f"{n} {why}" for why, n in removed.items() if n) or "nothing"
         if conflicts := counts["conflicting_golds"]:
             run.say(f"{conflicts} doubled questions had another answer; the first one was kept")
+        if entities:
+            run.say(
+                f"{len(entities)} rows hold HTML entities, kept as they are; the first is {entities[0]}. "
+                "Turn them into text in the source, unless they are meant"
+            )
         sizes = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
         run.finish(f"{sizes}; removed: {what}")
 
 
 def make_splits(
     data: GeneratedData | HubData | FilesData, seed: int
-) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """The rows of train, valid and platinum, and the counts for `metrics/data.json`.
+) -> tuple[dict[str, list[Row]], dict[str, int], list[str]]:
+    """The rows of train, valid and platinum, the counts for `metrics/data.json`, and the places of HTML entities.
 
     The generator makes as many rows as are wanted; from other sources, `data.valid` rows are taken out of train. Train
     and valid are counted together. Raises UserError for an unusable row, or when too few rows are left.
     """
+    entities: list[str] = []
     if isinstance(data, GeneratedData):
         platinum_cleaner = Cleaner()
         made = _generated("platinum", 0)  # the same for every seed, as the real Platinum is
@@ -67,9 +75,9 @@ def make_splits(
         valid = list(islice(cleaner.clean(_generated("valid", seed)), data.valid))
     else:
         platinum_cleaner = Cleaner()
-        platinum = list(platinum_cleaner.clean(_read(data.platinum, "platinum")))
+        platinum = list(platinum_cleaner.clean(_read(data.platinum, "platinum", entities)))
         cleaner = Cleaner(Overlap(platinum))
-        rows = list(cleaner.clean(_read(data.train, "train")))
+        rows = list(cleaner.clean(_read(data.train, "train", entities)))
         if not platinum or len(rows) <= data.valid:
             raise UserError(
                 f"data: {len(rows)} training and {len(platinum)} Platinum rows are left after cleaning; "
@@ -92,7 +100,9 @@ def make_splits(
     }
     if isinstance(data, GeneratedData):
         counts["planted_wrong_labels"] = sum(row.get("planted", False) for row in train)
-    return {"train": train, "valid": valid, "platinum": platinum}, counts
+    else:
+        counts["html_entities"] = len(entities)
+    return {"train": train, "valid": valid, "platinum": platinum}, counts, entities
 
 
 def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
@@ -114,33 +124,9 @@ def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[R
         yield {**row, "planted": True} if planted else row
 
 
-def _read(source: str | HubDataset, split: str) -> Iterator[Row]:
-    if isinstance(source, HubDataset):
-        records = _from_hub(source)
-    else:
-        lines = read_numbered_jsonl(Path(source), dict.fromkeys(FIELDS, str))
-        records = ((f"{source}:{number}", record) for number, record in lines)
-    for place, (where, record) in enumerate(records):
-        yield checked_row(f"{split}-{place:05d}", record["question"], record["answer"], where)
-
-
-def _from_hub(source: HubDataset) -> Iterator[tuple[str, Row]]:
-    import datasets
-
-    name = f"{source.id} ({source.config}, {source.split})"
-    try:
-        table = datasets.load_dataset(source.id, source.config, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets, the hub's client and the network raise errors of many classes
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name}: cannot be loaded at revision {source.revision[:12]} "
-            f"({type(error).__name__}: {reason:.300}); "
-            "check the network and data.*.{id,config,split,revision}, or use data.source: files"
-        ) from error
-    missing = [column for column in FIELDS if column not in table.column_names]
-    if missing:
-        raise UserError(
-            f"{name}: has no column '{missing[0]}'; columns found: {', '.join(table.column_names)}"
-        )
-    for place, record in enumerate(table):
-        yield f"{name} row {place}", record
+def _read(source: str | HubDataset, split: str, entities: list[str]) -> Iterator[Row]:
+    for place, (where, record) in enumerate(read_source(source)):
+        row = checked_row(f"{split}-{place:05d}", record["question"], record["answer"], where)
+        if found := entity(row):
+            entities.append(f"{where} ({found})")
+        yield row

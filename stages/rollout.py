@@ -18,6 +18,7 @@ from typing import Any
 from stages.engine.open import open_engine
 from stages.policy.adapter import load_tokenizer
 from stages.policy.complete import complete
+from stages.policy.context import Model, base_context, refuse_long
 from stages.policy.request import Request, request_seed
 from stages.regime_w.bandit import Pull, Thompson, Uniform
 from stages.run.files import join_files, read_jsonl, write_jsonl
@@ -57,6 +58,9 @@ def main() -> None:
 
         # Generation, journalled.
         tokenizer, problems = load_tokenizer(), problems_at(picked)
+        model = Model(tokenizer, base_context(), run.params.prompt)
+        ways = [(arm.style, arm.system) for arm in spec.arms.values()]
+        refuse_long(TRAIN, problems_at(picked), ways, model, "rollout.max_new_tokens", spec.max_new_tokens)
         with (
             run.journal() as journal,
             open_engine(SFT_ADAPTER, run.params.hardware) as engine,
@@ -72,13 +76,10 @@ def main() -> None:
                     }
                     asked = [request for group in requests.values() for request in group]
                     drawn = complete(engine, tokenizer, asked, journal, advance, run.params.prompt.opening)
-                    write_jsonl(
-                        path,
-                        (
-                            build_record(run, problem, pulls[problem["id"]], requests[problem["id"]], drawn)
-                            for problem in batch
-                        ),
+                    records = (
+                        build_record(run, one, pulls[one["id"]], requests[one["id"]], drawn) for one in batch
                     )
+                    write_jsonl(path, records)
                     journal.clear()
                 bandit.learn(map(verdicts, read_jsonl(path)))
 

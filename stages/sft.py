@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from stages.launch.attempt import fit_rows
 from stages.launch.training import train_everywhere
 from stages.policy.adapter import adapter_config, adapter_weights, load_base, save_adapter
+from stages.policy.context import Model, context_size, refuse_long
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder, read_jsonl
 from stages.run.paths import BASE, SFT_ADAPTER, SFT_CURVE, TRAIN
@@ -56,6 +57,9 @@ def train(run: StageRun, most_rows: int | None) -> None:
 
     # Data: a style for each problem, prompt and completion joined as tokens.
     model, tokenizer = load_base()
+    asked = [(style, None) for style in spec.styles]
+    problems = read_jsonl(TRAIN, {"id": str, "question": str})
+    refuse_long(TRAIN, problems, asked, Model(tokenizer, context_size(model.config), run.params.prompt))
     rows, too_long = build_rows(run, tokenizer)
     if not rows:
         raise UserError(f"{TRAIN}: all {too_long} examples are longer than sft.max_tokens; raise it")

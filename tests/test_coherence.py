@@ -93,7 +93,7 @@ def test_a_mistake_leaves_the_old_output(cores: int) -> None:
     OUT.write_text("old\n")
     with pytest.raises(UserError, match="holds no questions"):
         run([], cores)
-    with pytest.raises(UserError, match=r"in\.jsonl:1: field 'trajectories'"):
+    with pytest.raises(UserError, match=r"in\.jsonl:1: question 'q7': field 'trajectories' must be a list"):
         run([question("q7", TEXTS, trajectories=None)], cores)
     Path("scorer.py").unlink()
     Path("scorer.py").write_text("def score_group(question, trajectories):\n    return 1 / 0\n")

@@ -44,7 +44,6 @@ COVERED = (
     (r"pip install -r requirements(-remote)?\.txt", MAKE, "-r requirements.txt"),
     (r"dvc repro( [a-z]+(@\S+)?)?", "tests/pipeline/conftest.py::small_run", "repro"),
     (r"dvc repro headline", PIPELINE + "test_sft_and_dpo_are_compared_by_tags_also_in_a_fresh_clone", "headline"),
-    (r"dvc repro -f (prepare|base)", RUN, "repro -f prepare"),
     (r"dvc repro --allow-missing|dvc pull --allow-missing -r private",
      STORED + "test_base_kept_out_of_pushes", "--allow-missing"),
     (r"dvc status", RERUN + "test_comments_and_hardware_rerun_nothing", "status"),

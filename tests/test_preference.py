@@ -27,7 +27,7 @@ ROW = {"id": "q/0", "text": "#### 10", "correct": True, "fault": None, "reward":
             {key: value for key, value in ROW.items() if key != "fault"},
             "trajectory 0 has no usable 'fault'; give the",
         ),
-        ({**ROW, "fault": True}, "question 'q': trajectory 0 has no usable 'fault'"),
+        ({**ROW, "fault": True}, "question 'q', trajectory 0: field 'fault' must be text, found true"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_leaves_the_old_output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -60,6 +61,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+FILES = "  source: files\n  valid: 2\n"  # tests/small/params.yaml names my.jsonl and held.jsonl
+
+
 def set_data(workplace: Path, text: str) -> None:
     profile = workplace / "profiles" / "small.yaml"
     before, rest = profile.read_text().split("data:\n", 1)
@@ -95,7 +99,7 @@ def test_stage_from_files(workplace: Path) -> None:
     """Paths count from the repository root; their hashes are in the manifest; other fields are ignored."""
     write_rows(workplace / "my.jsonl", [{**row, "extra": 1} for row in rows_of(10)])
     write_rows(workplace / "held.jsonl", rows_of(3, first=50))
-    set_data(workplace, "  source: files\n  train: my.jsonl\n  platinum: held.jsonl\n  valid: 2\n")
+    set_data(workplace, FILES)
     prepare.main()
     train = list(read_jsonl(workplace / "data" / "gsm8k" / "train.jsonl"))
     valid = list(read_jsonl(workplace / "data" / "gsm8k" / "valid.jsonl"))
@@ -110,14 +114,46 @@ def test_bad_file_leaves_the_old_output(workplace: Path) -> None:
     prepare.main()
     before = (workplace / "data" / "gsm8k" / "train.jsonl").read_bytes()
     write_rows(workplace / "my.jsonl", [*rows_of(10), {"question": "Why?", "answer": "Because."}])
-    set_data(workplace, "  source: files\n  train: my.jsonl\n  platinum: my.jsonl\n  valid: 2\n")
+    write_rows(workplace / "held.jsonl", rows_of(1))
+    set_data(workplace, FILES)
     with pytest.raises(UserError, match=r"my\.jsonl:11: field 'answer' must end in"):
         prepare.main()
-    set_data(workplace, "  source: files\n  train: no.jsonl\n  platinum: my.jsonl\n  valid: 2\n")
-    with pytest.raises(UserError, match=r"^no\.jsonl: there is no such file; data\.train"):
+    (workplace / "my.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"^my\.jsonl: there is no such file; own\.train and .* name JSONL .* CSV"
+    ):
         prepare.main()
     assert (workplace / "data" / "gsm8k" / "train.jsonl").read_bytes() == before
     assert [path.name for path in (workplace / "data").iterdir()] == ["gsm8k"]
+
+
+def test_html_entities_are_told_and_kept(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line with their number and the first place, Platinum's before those of train."""
+    rows = rows_of(10)
+    rows[3]["question"] += " Tom &amp; Ann&#39;s?"
+    write_rows(workplace / "my.jsonl", rows)
+    write_rows(
+        workplace / "held.jsonl", [*rows_of(2, 50), {"question": "Why?", "answer": "5&nbsp;-&nbsp;4\n#### 1"}]
+    )
+    set_data(workplace, FILES)
+    prepare.main()
+    assert (
+        "2 rows hold HTML entities, kept as they are; the first is held.jsonl:3 (&nbsp;). "
+        "Turn them into text in the source, unless they are meant"
+    ) in capsys.readouterr().err
+    assert read_json(workplace / "metrics" / "data.json")["html_entities"] == 2
+    written = read_jsonl(workplace / "data" / "gsm8k" / "platinum.jsonl")
+    assert [row["solution"] for row in written][2] == "5&nbsp;-&nbsp;4\n#### 1"
+
+
+def test_every_format_gives_the_same_splits(tmp_path: Path) -> None:
+    """A gzipped CSV for train and a JSON array for Platinum, against JSONL. The formats: tests/text/test_sources.py."""
+    plain = files(tmp_path, rows_of(12), rows_of(3, 50))
+    table = "question,answer\r\n" + "".join(f'"{r["question"]}","{r["answer"]}"\r\n' for r in rows_of(12))
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(table.encode()))
+    (tmp_path / "test.json").write_text(json.dumps(rows_of(3, 50)))
+    names = {"train": str(tmp_path / "train.csv.gz"), "platinum": str(tmp_path / "test.json")}
+    assert make_splits(plain.model_copy(update=names), 1) == make_splits(plain, 1)
 
 
 # ---- bad rows ----------------------------------------------------------------------------------------
@@ -138,7 +174,9 @@ def test_too_few_rows(tmp_path: Path) -> None:
 def test_ids_stay_when_other_rows_go(tmp_path: Path) -> None:
     """A removed duplicate leaves a gap; the rows after it keep their ids."""
     rows = rows_of(4)
-    splits, counts = make_splits(files(tmp_path, [rows[0], rows[0], *rows[1:]], rows_of(1, first=50), 1), 1)
+    splits, counts, _ = make_splits(
+        files(tmp_path, [rows[0], rows[0], *rows[1:]], rows_of(1, first=50), 1), 1
+    )
     ids = sorted(row["id"] for row in splits["train"] + splits["valid"])
     assert ids == [f"train-0000{n}" for n in (0, 2, 3, 4)]
     assert counts["duplicates_train"] == 1 and counts["read_train"] == 5 and counts["conflicting_golds"] == 0
@@ -157,14 +195,14 @@ def test_validation_is_seeded_and_does_not_move() -> None:
 
 def test_platinum_is_never_thinned_by_train(tmp_path: Path) -> None:
     """What overlaps leaves train; the held-out set stays whole."""
-    _, counts = make_splits(files(tmp_path, rows_of(20), rows_of(10)), 1)
+    _, counts, _ = make_splits(files(tmp_path, rows_of(20), rows_of(10)), 1)
     assert counts["platinum"] == 10 and counts["overlap_exact"] == 10 and counts["train"] == 8
 
 
 def test_generated_splits_are_full_and_apart() -> None:
     """Generated train and valid are topped up after what was removed; nothing removable is left in them."""
     data = GeneratedData(source="generated", train=300, valid=60, platinum=400, wrong_labels=0.1)
-    splits, counts = make_splits(data, 17)
+    splits, counts, _ = make_splits(data, 17)
     assert [len(splits[name]) for name in ("train", "valid", "platinum")] == [300, 60, 400]
     held_out = Cleaner(Overlap(splits["platinum"]))
     assert len(list(held_out.clean(splits["train"] + splits["valid"]))) == 360
@@ -176,7 +214,7 @@ def test_wrong_labels_are_planted_in_train_alone() -> None:
     made = {}
     for share in (0.0, 0.1):
         source = GeneratedData(source="generated", train=300, valid=60, platinum=60, wrong_labels=share)
-        made[share], counts = make_splits(source, 17)
+        made[share], counts, _ = make_splits(source, 17)
     planted = [row["id"] for row in made[0.1]["train"] if row.get("planted")]
     assert counts["planted_wrong_labels"] == len(planted) and 15 <= len(planted) <= 45
     for right, row in zip(made[0.0]["train"], made[0.1]["train"], strict=True):
@@ -221,8 +259,7 @@ def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
 
 def test_hub_rows_are_those_of_files(tmp_path: Path, repositories: tuple[str, str]) -> None:
     """The same rows by `load_dataset` and from JSONL give the same splits."""
-    splits, counts = make_splits(hub(*repositories), 3)
-    assert (splits, counts) == make_splits(files(tmp_path, rows_of(12), rows_of(3, 50)), 3)
+    assert make_splits(hub(*repositories), 3) == make_splits(files(tmp_path, rows_of(12), rows_of(3, 50)), 3)
 
 
 def test_hub_mistakes_are_one_line(tmp_path: Path, repositories: tuple[str, str]) -> None:
@@ -268,15 +305,15 @@ def test_real_gsm8k() -> None:
     """No duplicates, four training questions share 13 words with Platinum, and Platinum is kept out of training."""
     platinum = str(REAL / "gsm8k_platinum" / "test.jsonl")
     data = FilesData(source="files", train=str(REAL / "gsm8k" / "train.jsonl"), platinum=platinum, valid=300)
-    splits, counts = make_splits(data, 17)
+    splits, counts, _ = make_splits(data, 17)
     assert counts == {
         "train": 7169, "valid": 300, "platinum": 1209, "read_train": 7473, "read_platinum": 1209,
         "duplicates_train": 0, "duplicates_platinum": 0, "conflicting_golds": 0, "overlap_exact": 0,
-        "overlap_13gram": 4,
+        "overlap_13gram": 4, "html_entities": 0,
     }  # fmt: skip
     assert splits["platinum"][0]["gold"] == "18"
     # All of Platinum is in GSM8K's test set: given as training data, its 1,209 questions are removed.
     data = FilesData(source="files", train=str(REAL / "gsm8k" / "test.jsonl"), platinum=platinum, valid=10)
-    _, counts = make_splits(data, 17)
+    _, counts, _ = make_splits(data, 17)
     assert counts["overlap_exact"] == 1209
     assert counts["train"] + counts["valid"] == 110 - counts["overlap_13gram"]

@@ -46,10 +46,11 @@ class Repository:
     """The files of one model at one commit.
 
     Files that the cache holds are not downloaded again. When the hub cannot be reached, a complete cache is enough.
+    Without `ask` there is the cache only.
     Raises UserError when the model or the commit does not exist, or when the network is needed and missing.
     """
 
-    def __init__(self, spec: HubModel, say: Callable[[str], None]) -> None:
+    def __init__(self, spec: HubModel, say: Callable[[str], object], ask: bool = True) -> None:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
         from huggingface_hub.utils import logging
@@ -65,13 +66,16 @@ class Repository:
         self._blobs = storage / "blobs"
         self.trouble: UserError | None = None  # why the hub could not be reached
         try:
+            if not ask:
+                raise UserError(f"model.id: '{spec.id}' is not (whole) in the hub's cache")
             self._files = self._ask()
         except UserError as trouble:
             if not self.folder.is_dir():
                 raise
             self.trouble = trouble
             self._files = dict(self._cached())
-            say(f"the hub cannot be asked; taking {spec.id} from its cache")
+            if ask:
+                say(f"the hub cannot be asked; taking {spec.id} from its cache")
 
     @property
     def names(self) -> list[str]:

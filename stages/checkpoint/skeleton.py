@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import transformers
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, dynamic_module_utils
 
+from stages.checkpoint.tokens import choose_pad, declared_ids, end_tokens, rows_needed
 from stages.run.errors import UserError
 from stages.run.files import read_json
 from stages.run.params import DirectoryModel, HubModel
 
-PAD_CANDIDATES = ("<pad>", "[PAD]", "<|pad|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<unk>")
 # Texts on which two tokenizers must agree. None begins with a space: there they may differ, and no prompt does.
 TOKENIZED = (
     "Question:\nAnn has 3 bags of 4 apples and eats 2.  How many are left?\nAnswer:\nLet's think step by step.\n",
@@ -24,37 +25,62 @@ TOKENIZED = (
 )
 
 
-def skeleton(spec: HubModel | DirectoryModel, folder: Path) -> tuple[Any, Any]:
-    """The model without its weights, with its configs as they are to be saved, and its tokenizer."""
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights, with its configs as they are to be saved."""
+
+    model: Any
+    tokenizer: Any
+    rows: int  # that the embeddings are to have
+    quantized: str  # how its config says that the weights are quantized; "" if it does not
+    lines: list[str]  # which pad token was taken, and what was left out
+
+
+def skeleton(spec: HubModel | DirectoryModel, folder: Path) -> Skeleton:
+    """Read the config and the tokenizer in `folder`. Raises UserError when the model cannot be trained or asked."""
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = (
         0  # otherwise transformers asks whether to run a model's own code
     )
     with readable(folder, "config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    quantized = quantization(config)
     for name, value in spec.overrides.items():
         if not hasattr(config, name):
             raise UserError(f"model.overrides.{name}: the model's config has no such setting")
         setattr(config, name, value)
     with readable(folder, "the tokenizer"):
         tokenizer = read_tokenizer(folder)
-    ensure_pad(tokenizer)
     with readable(folder, "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, spec.dtype))
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > embeddings:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, more than the {embeddings} the model has "
-            "embeddings for"
-        )
-    if (folder / "generation_config.json").is_file():
-        with readable(folder, "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    model.config.dtype = spec.dtype
-    model.config.architectures = [type(model).__name__]
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    # The profile says how to decode, so the model's own sampling settings are dropped.
-    model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    return model, tokenizer
+    rows = model.get_input_embeddings().weight.shape[0]
+
+    # The tokens with a role. The profile says how to decode, so all else that the model says of generation is dropped.
+    declared = declared_ids(folder)
+    ends, left_out = end_tokens(tokenizer, folder, declared.get("eos", []))
+    pad = choose_pad(tokenizer, rows, ends)
+    ids = {
+        "bos_token_id": next((one for one in declared.get("bos", []) if one < rows), tokenizer.bos_token_id),
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.generation_config = GenerationConfig(**ids)
+    # Older configs hold some of it too, and transformers 5 saves none of them.
+    for name in model.config._get_generation_parameters():
+        delattr(model.config, name)
+    model.config.update({"dtype": spec.dtype, "architectures": [type(model).__name__], **ids})
+    return Skeleton(
+        model, tokenizer, rows_needed(tokenizer, rows, folder), quantized, [*filter(None, [left_out]), pad]
+    )
+
+
+def quantization(config: Any) -> str:
+    """How the config says that the weights are quantized, or ""; the config says so no longer."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return ""
+    del config.quantization_config
+    settings = found if isinstance(found, dict) else found.to_dict()
+    return str(settings.get("quant_method") or "by an unknown method")
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -94,15 +120,3 @@ def readable(folder: Path, what: str) -> Iterator[None]:
         else:
             reason = f"cannot be read ({(text.strip().splitlines() or [type(error).__name__])[0]:.200})"
         raise UserError(f"{folder}: {what} {reason}") from error
-
-
-def ensure_pad(tokenizer: Any) -> None:
-    """Give the tokenizer a pad token from its vocabulary that is not the end token."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return
-    vocabulary = tokenizer.get_vocab()
-    for name in PAD_CANDIDATES:
-        if name in vocabulary and name != tokenizer.eos_token:
-            tokenizer.pad_token = name
-            return
-    raise UserError("the tokenizer has no token that could serve for padding; add one to it and its model")

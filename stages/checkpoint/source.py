@@ -29,7 +29,7 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{folder}: has no config.json; model.path must be a folder laid out as on the hub"
+                f"{folder}: has no config.json; own.model must be a folder laid out as on the hub"
             )
         self.folder = folder
 
@@ -49,20 +49,36 @@ class Folder:
 Source = Repository | Folder
 
 
-def weight_files(source: Source, expected: weights.Expected) -> list[str]:
-    """The files that hold the weights, safetensors rather than pickles. An index is compared with the model."""
-    kinds = (weights.SAFE_INDEX, weights.SAFE, weights.PICKLE_INDEX, weights.PICKLE)
-    chosen = next((name for name in kinds if name in source.names), None)
-    if chosen is None:
+def weight_files(source: Source, expected: weights.Expected, say: Callable[[str], object]) -> list[str]:
+    """The files that hold the weights: safetensors rather than pickles, whole ones rather than those of an index.
+
+    An index may be left from other weights: beside a whole file, or when files that it names are not there and other
+    weights are. That is said. The index that is taken is compared with the model.
+    """
+    kinds = (weights.SAFE, weights.SAFE_INDEX, weights.PICKLE, weights.PICKLE_INDEX)
+    found: dict[str, dict[str, str]] = {}  # weights -> tensor -> file
+    for name in kinds:
+        if name in source.names:
+            index = name.endswith(".json")
+            found[name] = weights.read_index(source.folder / name) if index else {"": name}
+    if not found:
         raise source.trouble or UserError(
             f"{source.folder}: has no weights that are read here; wanted is {weights.SAFE} or {weights.PICKLE}, or "
             "their index and the files it names"
         )
-    if not chosen.endswith(".json"):
-        return [chosen]
-    index = weights.read_index(source.folder / chosen)
-    expected.check(index.keys(), source.folder / chosen)
-    return sorted(set(index.values()))
+    whole = (name for name, files in found.items() if set(files.values()) <= set(source.names))
+    chosen = next(whole, next(iter(found)))
+    for name, files in found.items():
+        gone = sorted(set(files.values()) - set(source.names))
+        if (
+            name != chosen and gone and not source.trouble
+        ):  # without the hub, files are not there for other reasons
+            say(f"{name} names {gone[0]}, which is not there; it is left out, and {chosen} is taken")
+        elif name == f"{chosen}.index.json":
+            say(f"{name} stands beside the whole {chosen}; it is left out, and {chosen} is taken")
+    if chosen.endswith(".json"):
+        expected.check(map(expected.own, found[chosen]), source.folder / chosen)
+    return sorted(set(found[chosen].values()))
 
 
 def check_room(run: StageRun, source: Source, files: list[str], converting: int) -> None:

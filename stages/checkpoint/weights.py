@@ -1,7 +1,8 @@
 """Rewrites published weights as safetensors of one precision, a piece at a time.
 
+    expected = Expected(skeleton)
     pieces = divide_all(folder, files, expected, dtype)  # checks every tensor's name, shape and type
-    paths = convert(run, folder, pieces, torch.bfloat16)
+    paths = convert(run, folder, pieces, expected, torch.bfloat16)
     write_index(target, paths, pieces, parameters)
 
 A piece holds at most 1 GB of one file's tensors, and only one piece is in memory. The hash of each finished piece is
@@ -23,7 +24,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from stages.checkpoint.skeleton import Skeleton
 from stages.run.errors import UserError
 from stages.run.files import read_json, sha256_file, sync_folder
 from stages.run.stage import StageRun
@@ -33,7 +37,8 @@ MB = 1_000_000
 SAFE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Older checkpoints store these tensors, though models compute them. A model's class names others that it ignores.
-COMPUTED = r"rotary_emb\.inv_freq"
+COMPUTED = r"rotary_emb\.inv_freq|\.masked_bias$"
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POINTER = b"version https://git-lfs"  # stands in for a large file that git-lfs has not fetched
 
 
@@ -60,25 +65,41 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 class Expected:
-    """The tensors that a model of this config has, read from one that was built on torch's `meta` device."""
+    """The tensors that a model of this config has, read from one that was built on torch's `meta` device.
 
-    def __init__(self, model: Any) -> None:
+    `shapes` are those in the files, `written` those in the result: each tensor once, tied ones under their source's
+    name, and embeddings with the rows of `skeleton.rows`. Both by transformers' names for them. The files may have the
+    names of when the model was published; `own` translates them.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        model, self.quantized = skeleton.model, skeleton.quantized
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = model.all_tied_weights_keys
         self.tied = {copy: source for copy, source in tied.items() if copy in self.shapes}
         self._ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), COMPUTED]
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        self._prefix = model.base_model_prefix
+        if skeleton.rows > model.get_input_embeddings().weight.shape[0]:
+            with torch.device("meta"):
+                model.resize_token_embeddings(skeleton.rows, mean_resizing=False)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.written = {name: shape for name, shape in shapes.items() if name not in self.tied}
 
-    @property
-    def written(self) -> dict[str, tuple[int, ...]]:
-        """The tensors to write: each once, tied ones under their source's name."""
-        return {name: shape for name, shape in self.shapes.items() if name not in self.tied}
+    def own(self, name: str) -> str:
+        """transformers' name for a tensor of a file."""
+        if name in self.shapes:
+            return name
+        renamed, _ = rename_source_key(name, self._renamings, [], self._prefix, self.shapes)
+        return str(renamed)
 
     def bytes(self, dtype: torch.dtype) -> int:
         """Size of the converted weights."""
         return sum(math.prod(shape) for shape in self.written.values()) * dtype.itemsize
 
     def check(self, found: Iterable[str] | Mapping[str, tuple[int, ...]], where: Path) -> None:
-        """Raise UserError unless the found tensors (names, or shapes by name) are exactly the model's."""
+        """Raise UserError unless the found tensors (own names, or shapes by own name) are exactly the model's."""
         names = set(found)
         lacking = sorted(self.written.keys() - names)
         others = sorted(
@@ -96,6 +117,11 @@ class Expected:
             if wrong:
                 shapes = f"{list(found[wrong[0]])} instead of {list(self.shapes[wrong[0]])}"
                 problems.append(f"hold {len(wrong)} of another shape ({wrong[0]} the first, {shapes})")
+        if problems and self.quantized:
+            raise UserError(
+                f"{where}: the weights are quantized ({self.quantized}), and only plain ones can be trained on, so "
+                "take the model as it was before quantization"
+            )
         if problems:
             raise UserError(
                 f"{where}: the weights {', and '.join(problems)}; get the files anew, or check config.json "
@@ -109,47 +135,45 @@ def divide_all(folder: Path, files: Iterable[str], expected: Expected, dtype: to
     Raises UserError when a file is missing, damaged or holds code, or when the tensors are not the model's.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    copies: dict[str, str] = {}
+    places: dict[str, tuple[str, str]] = {}  # own name -> file, and the name in it
     pieces = []
     for file in files:
         tensors = load(folder / file)
         for name, tensor in tensors.items():
-            if name in shapes:
+            own = expected.own(name)
+            if own in shapes:
                 raise UserError(f"{folder / file}: holds {name}, which another file holds too")
-            plain = (
-                tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
-            )
-            if name in expected.shapes and not plain:
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in PLAIN
+            if own in expected.shapes and not plain:
                 raise UserError(
                     f"{folder / file}: {name} is {str(tensor.dtype).removeprefix('torch.')}; only plain floating-point "
                     "weights can be trained on, so take the model as it was before quantization"
                 )
-            shapes[name] = tuple(tensor.shape)
-            if name in expected.tied:
-                copies[name] = file
-        pieces += divide(file, [name for name in tensors if name in expected.written], shapes, dtype)
+            shapes[own], places[own] = tuple(tensor.shape), (file, name)
+        pieces += divide(file, tensors, expected, dtype)
         del tensors
     expected.check(shapes, folder)
-    for name, file in copies.items():
-        source = expected.tied[name]
-        holder = next(piece.source for piece in pieces if source in piece.names)
-        if not torch.equal(load(folder / file)[name], load(folder / holder)[source]):
+    for copy, source in expected.tied.items():
+        if copy not in places:
+            continue
+        (file, name), (holder, origin) = places[copy], places[source]
+        if not torch.equal(load(folder / file)[name], load(folder / holder)[origin]):
             raise UserError(
-                f"{folder / file}: {name} differs from {source}, though the config says that they are one; set "
+                f"{folder / file}: {name} differs from {origin}, though the config says that they are one; set "
                 "model.overrides: {tie_word_embeddings: false}"
             )
     return pieces
 
 
-def divide(
-    file: str, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> list[Piece]:
+def divide(file: str, names: Iterable[str], expected: Expected, dtype: torch.dtype) -> list[Piece]:
     """Divide the tensors of one file, in order, into pieces of at most PIECE_BYTES. A larger tensor is one piece."""
     pieces: list[Piece] = []
     group: list[str] = []
     total = 0
     for name in names:
-        size = math.prod(shapes[name]) * dtype.itemsize
+        if (own := expected.own(name)) not in expected.written:
+            continue
+        size = math.prod(expected.written[own]) * dtype.itemsize
         if group and total + size > PIECE_BYTES:
             pieces.append(Piece(file, tuple(group), total))
             group, total = [], 0
@@ -199,7 +223,9 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def convert(run: StageRun, folder: Path, pieces: list[Piece], dtype: torch.dtype) -> list[Path]:
+def convert(
+    run: StageRun, folder: Path, pieces: list[Piece], expected: Expected, dtype: torch.dtype
+) -> list[Path]:
     """Write each piece as safetensors into the stage's scratch folder, but for those that an earlier run finished.
 
     Raises UserError when a weight is not a finite number.
@@ -210,24 +236,26 @@ def convert(run: StageRun, folder: Path, pieces: list[Piece], dtype: torch.dtype
         for number, piece in enumerate(pieces, 1):
             name = f"model-{number:05d}-of-{len(pieces):05d}.safetensors" if len(pieces) > 1 else SAFE
             path, source = run.work / name, (folder / piece.source).stat()
-            # The key changes when another file takes the source's place.
-            key = f"{name} of {piece.source}, {source.st_size} bytes at {source.st_mtime_ns}"
+            # The key changes when another file takes the source's place, or the embeddings get other rows.
+            key = f"{name} of {piece.source}, {source.st_size} bytes at {source.st_mtime_ns}, to {piece.bytes} bytes"
             known = journal.records.get(key)
             if not (known and path.is_file() and sha256_file(path) == known["sha256"]):
-                journal.add({"id": key, "sha256": write_piece(folder, piece, path, dtype)})
+                journal.add({"id": key, "sha256": write_piece(folder, piece, path, expected, dtype)})
                 journal.flush()
             paths.append(path)
             advance(round(piece.bytes / MB))
     return paths
 
 
-def write_piece(folder: Path, piece: Piece, path: Path, dtype: torch.dtype) -> str:
+def write_piece(folder: Path, piece: Piece, path: Path, expected: Expected, dtype: torch.dtype) -> str:
     """Convert one piece; returns the SHA-256 of the file."""
     tensors = load(folder / piece.source)
     converted = {}
     for name in piece.names:
         # Always copied: tensors of a pickle may share memory, which safetensors refuses.
         converted[name] = tensors[name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if expected.written[expected.own(name)] != converted[name].shape:
+            converted[name] = with_rows(converted[name], expected.written[expected.own(name)][0])
         if converted[name].numel() and not all(
             math.isfinite(edge.item()) for edge in torch.aminmax(converted[name])
         ):
@@ -244,6 +272,16 @@ def write_piece(folder: Path, piece: Piece, path: Path, dtype: torch.dtype) -> s
     temporary.replace(path)
     sync_folder(path.parent)
     return digest
+
+
+def with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    """An embedding or output layer grown to `rows`, each new one the mean of the others.
+
+    A row of zeros in the output layer could be the likeliest token of all. That of the mean gets at most the average
+    probability of the others (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
+    """
+    mean = table.mean(0, keepdim=True, dtype=torch.float32).to(table.dtype)
+    return torch.cat([table, mean.expand(rows - len(table), *mean.shape[1:])])
 
 
 def write_index(folder: Path, paths: list[Path], pieces: list[Piece], parameters: int) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from stages.launch.devices import micro_batch
 from stages.launch.memory import training_rows
+from stages.policy.context import context_size
 from stages.run.errors import UserError
 from stages.run.files import read_json, write_json
 from stages.run.params import Dpo, Sections, Sft, load_params
@@ -29,8 +30,14 @@ END = "end.json"  # why one of several processes did not finish: {"out_of_memory
 def fit_rows(run: StageRun, spec: Sft | Dpo, model: Any, longest: int, most: int | None) -> Rows:
     """The rows that fit into the memory of every process, for rows of at most `longest` tokens.
 
-    The global batch stays what the parameters say. Raises UserError when the model's memory cannot be estimated.
+    The global batch stays what the parameters say. Raises UserError when the model's memory cannot be estimated, or
+    when a row is longer than its context.
     """
+    if (context := context_size(model.config)) and longest > context:
+        raise UserError(
+            f"{run.name}.max_tokens: the longest row has {longest:,} tokens, and the model's context is {context:,}; "
+            f"lower {run.name}.max_tokens to that"
+        )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     limit, checkpointing = training_rows(model, spec, run.params.hardware, longest, processes, most)
     if processes > 1:

@@ -27,6 +27,13 @@ GPU_ROWS = 1024  # nor a GPU: by then reading the weights is a small part of eac
 PROMPT_TOKENS = 512  # assumed while the prompts are not known; GSM8K's longest is under 300
 USED = 0.9  # share of the free memory to plan with; the rest covers fragmentation and what is not counted
 CONTEXT = GIB  # memory that CUDA and its libraries take on a GPU before any process uses it
+# GPT-2's names for a config's settings.
+OLDER = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+}
 HEAD_COLUMNS, HEAD_TOKENS = 32768, 4096  # the tile in which TRL computes log-probabilities
 
 
@@ -91,6 +98,7 @@ class Need:
 
 def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
     """The shape from a model's config.json. Raises UserError when it is not that of a dense decoder."""
+    config = {OLDER.get(name, name): value for name, value in config.items()}
     try:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         size = config.get("head_dim") or hidden // heads
@@ -101,7 +109,7 @@ def shape_of_config(config: Mapping[str, Any], where: str) -> Shape:
             heads=heads,
             queries=heads * size,
             keys=(config.get("num_key_value_heads") or heads) * size,
-            ffn=config["intermediate_size"],
+            ffn=config["intermediate_size"] or 4 * hidden,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
             width=4 if dtype == "float32" else 2,

@@ -24,13 +24,7 @@ REASONS = (
     "truncated", "leaking", "empty", "answerless", "not_sound", "suspect", "identical", "margin",
     "repeated", "trajectory_limit", "question_limit", "length_balance",
 )  # fmt: skip
-TRAJECTORY_FIELDS = {
-    "id": str,
-    "text": str,
-    "correct": bool,
-    "fault": (str, type(None)),
-    "reward": (int, float),
-}
+NEEDED = ("correct", "fault", "reward")  # of a trajectory, as `coherence` writes it
 Row = dict[str, Any]
 
 
@@ -70,11 +64,13 @@ class Pair:
     def record(self) -> Row:
         """The pair's line in coherence_preferences.jsonl; its id names both trajectories."""
         chosen, rejected = self.chosen, self.rejected
-        pull = rejected["id"].removeprefix(f"{self.question['id']}/")
+        question_id = self.question["id"]
+        # Trajectories of a file from elsewhere may have ids such as 0 and 1, the same ones in every question.
+        pulls = [row["id"].removeprefix(f"{question_id}/") for row in (chosen, rejected)]
         return {
-            "id": f"{chosen['id']}>{pull}",
+            "id": f"{question_id}/{'>'.join(pulls)}",
             "kind": self.kind,
-            "question_id": self.question["id"],
+            "question_id": question_id,
             # The bare question; `dpo` puts it into the prompt of the profile.
             "prompt": self.question["question"],
             "chosen": chosen["text"],
@@ -95,7 +91,7 @@ class Pair:
 def make_pairs(questions: Iterable[Row], params: Preference) -> tuple[list[Row], Row]:
     """The pair records in the order of the questions, and the summary for metrics/preference.json.
 
-    Raises UserError when a trajectory lacks what `coherence` writes.
+    Raises UserError when a trajectory lacks what `coherence` writes. `questions` are typed (stages/regime_w/record.py).
     """
     pairs: list[Pair] = []
     refused = {kind: Counter(dict.fromkeys(REASONS, 0)) for kind in KINDS}
@@ -141,11 +137,11 @@ def make_pairs(questions: Iterable[Row], params: Preference) -> tuple[list[Row],
     return [pair.record() for pair in pairs], summary
 
 
-def check_trajectories(question_id: str, rows: list[Any]) -> None:
-    """Raise UserError naming question and trajectory when a needed field is missing or of a wrong type."""
+def check_trajectories(question_id: str, rows: list[Row]) -> None:
+    """Raise UserError naming question and trajectory when one is not scored."""
     for index, row in enumerate(rows):
-        for name, kind in TRAJECTORY_FIELDS.items():
-            if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):  # type: ignore[arg-type]
+        for name in NEEDED:
+            if name not in row:
                 raise UserError(
                     f"question '{question_id}': trajectory {index} has no usable '{name}'; "
                     "give the file that `python -m stages coherence` writes"

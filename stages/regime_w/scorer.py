@@ -22,7 +22,7 @@ from stages.regime_w.signals import SIGNALS, GroupAnalysis, GroupScore, Reasonin
 from stages.regime_w.suspicion import suspicion
 from stages.regime_w.tally import Tally
 from stages.run.errors import UserError
-from stages.run.files import FieldTypes, jsonl_line
+from stages.run.files import jsonl_line
 from stages.text.answers import Reading, gold_answer, read_answer, same_answer
 
 if TYPE_CHECKING:
@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from stages.run.params import RegimeW
 
 ScoreGroup = Callable[..., Any]
-QUESTION_FIELDS: FieldTypes = {"id": str, "question": str, "gold": (str, int, float), "trajectories": list}
 ADDED_TO_QUESTION = (*SIGNALS, "suspicion", "suspect", "suspect_answer")
 ADDED_TO_TRAJECTORY = ("answer", "correct", "fault", "soundness", *SIGNALS, "reward")
 
 
 def score_batch(params: RegimeW, questions: Sequence[dict[str, Any]]) -> tuple[str, Tally]:
-    """The scored lines of some questions, and the tally of what they hold. Raises UserError for a bad question."""
+    """The scored lines of some questions (stages/regime_w/record.py types them), and the tally of what they hold.
+
+    Raises UserError for a bad question.
+    """
     scorer, tally = _scorer(params), Tally()
     return "".join([scorer.score(question, tally) for question in questions]), tally
 
@@ -56,15 +58,11 @@ class QuestionScorer:
     def score(self, record: dict[str, Any], tally: Tally) -> str:
         """One question's line with signals and rewards. Adds what it saw to `tally`.
 
-        Raises UserError naming the question when its gold is no number, a trajectory has no text, or the scorer fails.
+        Raises UserError naming the question when its gold is no number, or the scorer fails.
         """
         name, question = record["id"], record["question"]
-        gold = gold_answer(str(record["gold"]))
-        if gold is None:
-            raise UserError(
-                f"question '{name}': its gold {record['gold']!r:.60} is no number; correct the file"
-            )
-        readings = read_trajectories(name, question, record["trajectories"])
+        gold = read_gold_answer(record)
+        readings = [read_answer(row["text"], question) for row in record["trajectories"]]
         views = solution_views(record["trajectories"], readings)
         group = signals.analyse_group(question, views)
         score = self.signals(record, views, group)
@@ -81,9 +79,8 @@ class QuestionScorer:
                 soundness = signals.judge(reasoning, gold_reasoning) if gold_reasoning else "unproven"
             s_wm, tokens = score.s_wm[index], trajectory.get("tokens")
             parts = reward_parts(correct, s_wm, means["s_wm"], means["s_end"], tokens, self.reward)
-            row = {"id": f"{name}/{index}", **trajectory}
-            for key in ADDED_TO_TRAJECTORY:  # of an earlier scoring; written again, in order
-                row.pop(key, None)
+            # What an earlier scoring added is written again, in order.
+            row = {key: value for key, value in trajectory.items() if key not in ADDED_TO_TRAJECTORY}
             row |= {
                 "answer": reasoning.answer,
                 "correct": correct,
@@ -180,17 +177,6 @@ def checked_score(score: Any, size: int, scorer: Path, question_id: str) -> Grou
     return GroupScore(*columns)
 
 
-def read_trajectories(question_id: str, question: str, trajectories: Sequence[Any]) -> list[Reading]:
-    """What each trajectory answers. Raises UserError naming question and trajectory when one has no text."""
-    readings = []
-    for index, trajectory in enumerate(trajectories):
-        text = trajectory.get("text") if isinstance(trajectory, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f"question '{question_id}': trajectory {index} needs a field 'text' of type str")
-        readings.append(read_answer(text, question))
-    return readings
-
-
 def solution_views(
     trajectories: Sequence[Mapping[str, Any]], readings: Sequence[Reading]
 ) -> list[dict[str, Any]]:
@@ -207,14 +193,24 @@ def fault(trajectory: Mapping[str, Any], reading: Reading) -> str | None:
         return "truncated"
     if reading.empty:
         return "empty"
-    if reading.leak or reading.end < len(trajectory["text"].rstrip()):
+    if reading.leak or reading.tail:
         return "leaking"
     return "answerless" if reading.answer is None else None
 
 
-def read_gold(solution: Any, numbers: list[Number]) -> Reasoning | None:
+def read_gold_answer(record: Mapping[str, Any]) -> str:
+    """A question's gold as a canonical number. Raises UserError naming the question when it is none."""
+    gold = gold_answer(str(record.get("gold")))
+    if gold is None:
+        raise UserError(
+            f"question '{record['id']}': its gold {record.get('gold')!r:.60} is no number; correct the file"
+        )
+    return gold
+
+
+def read_gold(solution: str | None, numbers: list[Number]) -> Reasoning | None:
     """The gold solution's own reasoning; None when the record has no solution text."""
-    if not isinstance(solution, str) or not solution.strip():
+    if not solution or not solution.strip():
         return None
     places = {number: index for index, number in enumerate(numbers)}
     return signals.read_reasoning(numbers, places, solution, gold_answer(solution))

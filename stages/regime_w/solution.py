@@ -29,7 +29,7 @@ MAX_BITS = 4096  # of a re-run value's numerator or denominator; a larger one is
 CACHED = 60  # characters of an annotation that is remembered
 MAX_QUESTION_NUMBERS = 100  # distinct numbers of a question; further ones are not changed
 
-_NUMBER = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|[ ])[0-9]{3}){1,12}+(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++"
+_NUMBER = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|[ ])[0-9]{3}){1,12}(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++"
 _ANNOTATION = re.compile(r"<<([^<>\n]*+)>>")
 _QUESTION_NUMBER = re.compile(_NUMBER)
 # The form of most annotations, read here because this is twice as fast as the general way below.
@@ -43,8 +43,8 @@ _TOKEN = re.compile(
     rf"(?P<number>{_NUMBER})"
     r"|(?P<skip>\s++|[$€£¥₹]|\\[$(\[\])! ,;]|\\(?:boxed|left|right|quad|displaystyle)(?![A-Za-z(])"
     r"|\*\*(?![0-9(])|[`_'\"]|\.(?=[ ]?[-+*/=])|&(?==))"
-    r"|(?P<times>\\times|\\cdot|\\ast|[xX](?=[ ]?+(?:\\?[$€£¥₹][ ]?)?+(?:\\[dt]?frac)?[.0-9({]))"
-    r"|(?P<word>[A-Za-z]++(?:[/'-][A-Za-z]++)*+(?:[ ](?![xX])[A-Za-z]{2,}+(?:[/'-][A-Za-z]++)*+)*+)"
+    r"|(?P<times>\\times|\\cdot|\\ast|[xX](?=[ ]?+(?:\\?[$€£¥₹][ ]?)?(?:\\[dt]?frac)?[.0-9({]))"
+    r"|(?P<word>[A-Za-z]++(?:[/'-][A-Za-z]++)*(?:[ ](?![xX])[A-Za-z]{2,}+(?:[/'-][A-Za-z]++)*)*)"
     r"|(?P<equals>(?<![<>!])={1,2}+(?!>))"
     r"|(?P<unit>/(?=[ ]?[A-Za-z]{2})|-(?=[A-Za-z]{2})|\\(?:text|mathrm|textbf|mathbf)\{[^{}\n]{0,60}\}"
     r"|\((?=[^()0-9=\n]{1,60}\))[^()0-9=\n]*+\))"

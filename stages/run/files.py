@@ -10,10 +10,12 @@ Outputs are written under a temporary name, fsynced and renamed: a reader sees t
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +23,9 @@ from typing import IO, Any
 from stages.run.errors import UserError
 
 FieldTypes = Mapping[str, type | tuple[type, ...]]
+
+# Some programs write NaN and infinity, which JSON does not have; they are read as null.
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def read_jsonl(path: Path, fields: FieldTypes | None = None) -> Iterator[dict[str, Any]]:
@@ -33,34 +38,46 @@ def read_jsonl(path: Path, fields: FieldTypes | None = None) -> Iterator[dict[st
 
 def read_numbered_jsonl(path: Path, fields: FieldTypes | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `read_jsonl`, with each record's line number."""
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = _DECODER.decode(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number too long to read
+            raise UserError(f"{path}:{number}: not a JSON object in UTF-8 ({error})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: a JSON object is wanted, found {type(record).__name__}")
+        for name, kind in (fields or {}).items():
+            if name not in record:
+                found = ", ".join(map(repr, record)) or "none"
+                raise UserError(f"{path}:{number}: field '{name}' is missing; fields found: {found}")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            value = record[name]
+            # In Python a bool is an int; in a record it is not.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                wanted = " or ".join(k.__name__ for k in kinds)
+                raise UserError(
+                    f"{path}:{number}: field '{name}' must be {wanted}, found "
+                    f"{type(value).__name__} ({value!r:.60})"
+                )
+        yield number, record
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of `path`, each with its number. What begins as gzip does is unpacked on the way.
+
+    Raises UserError when the file cannot be read to its end.
+    """
+    number = 0
     try:
-        file = path.open("rb")
+        with path.open("rb") as file:
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            for number, line in enumerate(gzip.GzipFile(fileobj=file) if packed else file, 1):
+                yield number, line
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: damaged gzip after line {number} ({error}); compress it anew") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number too long to read
-                raise UserError(f"{path}:{number}: not a JSON object in UTF-8 ({error})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: a JSON object is wanted, found {type(record).__name__}")
-            for name, kind in (fields or {}).items():
-                if name not in record:
-                    found = ", ".join(map(repr, record)) or "none"
-                    raise UserError(f"{path}:{number}: field '{name}' is missing; fields found: {found}")
-                kinds = kind if isinstance(kind, tuple) else (kind,)
-                value = record[name]
-                # In Python a bool is an int; in a record it is not.
-                if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                    wanted = " or ".join(k.__name__ for k in kinds)
-                    raise UserError(
-                        f"{path}:{number}: field '{name}' must be {wanted}, found "
-                        f"{type(value).__name__} ({value!r:.60})"
-                    )
-            yield number, record
 
 
 def jsonl_line(record: Mapping[str, Any]) -> str:

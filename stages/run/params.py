@@ -98,6 +98,14 @@ class Preference(Section):
         return self
 
 
+class Own(Section):
+    """Files of the user's own. They are named here, because DVC fills dvc.yaml from params.yaml and from no profile."""
+
+    train: str
+    platinum: str
+    model: str
+
+
 class Headline(Section):
     """Which policy's metrics are copied to metrics/headline.json."""
 
@@ -168,7 +176,7 @@ class HubModel(Section):
 
 
 class DirectoryModel(Section):
-    """A model in a folder, laid out as on the hub."""
+    """A model in a folder, laid out as on the hub; `path` is `own.model` in params.yaml."""
 
     source: Literal["directory"]
     path: str
@@ -205,7 +213,10 @@ class HubData(Section):
 
 
 class FilesData(Section):
-    """Train and Platinum from JSONL files (`question`, `answer`); validation is taken out of train."""
+    """Train and Platinum from files (`question`, `answer`), `own.train` and `own.platinum` in params.yaml.
+
+    Validation is taken out of train.
+    """
 
     source: Literal["files"]
     train: str
@@ -362,6 +373,7 @@ class Params(Section):
     regime_w: RegimeW
     preference: Preference
     headline: Headline
+    own: Own
     model: Annotated[ShippedModel | BuiltModel | HubModel | DirectoryModel, Field(discriminator="source")]
     data: Annotated[GeneratedData | HubData | FilesData, Field(discriminator="source")]
     prompt: Prompt
@@ -385,7 +397,13 @@ class Params(Section):
         return self
 
 
-RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline")
+RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline", "own")
+# What a profile leaves to params.yaml: section and source in the profile, the section's key, the key in `own`.
+OWN = (
+    ("data", "files", "train", "train"),
+    ("data", "files", "platinum", "platinum"),
+    ("model", "directory", "path", "model"),
+)
 
 
 class Sections:
@@ -432,6 +450,15 @@ def load_params(root: Path = Path()) -> Params:
     for key in model.values:
         if key in RUN_SECTIONS:
             raise model.error((key,), f"'{key}' belongs in params.yaml")
+    own = run.values.get("own")
+    for section, source, key, name in OWN:
+        values = model.values.get(section)
+        if not isinstance(values, dict) or values.get("source") != source:
+            continue
+        if key in values:
+            words = f"name it in {PARAMS}, as own.{name}, so that DVC sees when it changes"
+            raise model.error((section, key), f"{section}.{key}: {words}")
+        values[key] = own.get(name) if isinstance(own, dict) else None  # None: `own` itself is refused below
     try:
         return Params.model_validate(run.values | model.values)
     except ValidationError as error:

@@ -1,90 +1,61 @@
-"""The one module that reads answers: used by evaluate, rollout, coherence, preference and `grade` alike.
+"""The one reader of answers, used by evaluate, rollout, coherence, preference and `grade` alike.
 
     read_answer("She makes 9 * 2 = 18.\\n#### $18.00").answer == gold_answer("... #### 18") == "18"
 
-A *strict* answer is, in this order: the first `#### x` after the solution starts; the last `\\boxed{x}`; the
-first `The answer is x`, `Answer: x` or `A: x`. The *flexible* answer falls back on the last number. What
-belongs to another problem (the prompt repeated before the solution, a next problem begun after it) and what
-was thought before the last `</think>` is not looked at. Every step is linear in the text's length.
+Three layers: where the solution is (`span.py`), what states an answer there (this file), what number it states
+(`number.py`). These state an answer, the strongest first; of several of one kind the last counts:
+
+    #### 18                        a mark; not in quotation marks, and not the heading of a step
+    <answer>18</answer>            a tag
+    \\boxed{18}                     a box
+    The answer is 18. Answer: 18   a phrase; also A: 18, and "Final Answer" above a line with the number
+
+What states something else than one number gives no answer. The *flexible* answer falls back on the last number of the
+solution. Every step is linear in the text's length.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
-MAX_DIGITS = 399  # of one number; longer ones are never an answer, and exact arithmetic on them is slow
-WINDOW = 1200  # characters looked at behind an answer marker
+from stages.text.number import (
+    DIGITS,
+    MAX_DIGITS,
+    UNCLEAR,
+    WINDOW,
+    Stated,
+    as_ascii,
+    exact,
+    gold_number,
+    stated,
+)
+from stages.text.span import is_plain, solution_span
 
-# Characters that mean the same as one ASCII character, so that places in the text stay the same.
-_ALIKE = str.maketrans(
-    "０１２３４５６７８９−–‐‑－，．％＄／⁄＝：＃×÷’\u00a0\u2009\u202f\u2007\u3000",
-    "0123456789-----,.%$//=:#*/'     ",
-)
-_VULGAR = {
-    ord(char): f" {below}"
-    for char, below in zip("½¼¾⅓⅔⅕⅛", ("1/2", "1/4", "3/4", "1/3", "2/3", "1/5", "1/8"), strict=True)
-}
-
-# One number. `70 000`, `1,000`, `1,00,000` are grouped digits. Possessive quantifiers keep this linear.
-_NUMBER = (
-    r"(?:[0-9]{1,3}(?:[ ][0-9]{3})++(?![0-9])|[0-9]++(?:(?:,|\{,\})[0-9]{2,}+)*+)(?:\.[0-9]++)?+|\.[0-9]++"
-)
-_VALUE = re.compile(
-    r"(?P<sign>[-+]\s?)?+(?:(?:\\?[$€£¥₹]|US\$|USD|Rs\.?)\s?)?+(?P<inner>-\s?)?+"
-    r"(?:(?P<whole>[0-9]{1,9})\s(?=[0-9]{1,9}\s?/\s?[0-9]))?+"
-    rf"(?P<number>{_NUMBER})(?P<exponent>[eE][+-]?[0-9]{{1,3}}(?![0-9A-Za-z]))?+"
-    rf"(?:\s?/\s?(?P<below>{_NUMBER}))?+"
-)
-# What may stand between an answer marker and its number.
-_LEAD = re.compile(
-    r"(?:[\s*_`~≈\"'“”(\[{:>]|=(?!=)"
-    r"|\\(?:boxed|fbox|text(?:bf|rm|it)?|math(?:bf|rm)|left|displaystyle|[(\[,;! ])|\$(?!\s?-?\s?[0-9.])"
-    r"|(?:[Tt]he |[Ff]inal |[Cc]orrect |[Aa]nswer\b|is\b|about |approximately |equal to )"
-    r"|[A-Za-z]\s?=){0,60}+"
-)
-_FRAC = re.compile(r"\\[dt]?frac\s?(?:\{\s?([^{}]{1,80})\}\s?\{([^{}]{1,80})\}|([0-9])([0-9]))")
-_LATEX_SPACE = re.compile(r"\\[,!; ](?=[0-9])")
-_OPERATION = re.compile(r"%?(?:[ ]?[A-Za-z]{1,20})?[ ]?[-+*/x][ ]?[$(]{0,2}[0-9.]")
-_NOT_ENDED = re.compile(r"[,.]?[0-9]|:(?!00(?![0-9]))[0-9]")
-_SCALE = re.compile(r"[*\s]{0,3}(thousand|million|billion|trillion)\b")
-_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+MOST = 100  # statements of one kind that are looked at
+LONGEST_BOX = 300  # characters
 
 _PLAIN = re.compile(r" ?\$?(0|-?[1-9][0-9]{0,14})\.?\s*\Z")  # how most completions end: `#### 18`
-_SIMPLE = re.compile(r" ?\$?(0|-?[1-9][0-9]{0,14})(?:\.?[ ]?(?:\n|\Z))")
-_ANSWER_IS = re.compile(r"(?:\*\*)?\s?(?:is|=|:)(?![ \t:*]*+(?:\n|\Z))")
-_A_COLON = re.compile(r"(?:\*\*)?:(?![ \t:*]*+(?:\n|\Z))")
 _HEADING = re.compile(r"[ ]*+\**+([0-9]{1,2})[.):]\**+[ ]++\**+[A-Za-z(]")  # `#### 2. Count the eggs`
-
-# Where another problem begins: the pipeline's own prompt form, and the common ones.
-_PROBLEM = re.compile(
-    r"(?:^|\n)[ \t]*+(?:\*\*)?(?:#{1,3}[ ]?)?(?:Question|Problem|Exercise|Instruction|Human|User|Q)"
-    r"(?:[ ]?[0-9]{1,4})?(?:\*\*)?:"
-    r"|###[ ]?(?:Instruction|Question|Problem)\b|<\|im_start\|>(?!assistant)"
-    r"|<\|start_header_id\|>(?!assistant)|<\|User\|>|<｜User｜>|\[INST\]"
+_QUOTES = "'\"“”«»"
+_QUOTED = re.compile(rf"[^\n{_QUOTES}]{{0,40}}[{_QUOTES}](?=[\s.,)]|\Z)")
+_BEFORE_MARK = re.compile(rf"(?:\A|[\s$*=:(])(-?\$?{DIGITS})[\s*]*\Z")
+_TAG = re.compile(r"<(?:final_)?answer>", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"(?<![A-Za-z])(?:[Ff]inal |FINAL )?(?:[Aa]nswer|ANSWER)(?![A-Za-z])[^\n.;!?=:]{0,80}?"
+    r"(?:(?:\*\*|__)?\s?[:=]|\s(?:is|was|would be|will be|should be|must be|equals|comes to)(?![A-Za-z]))"
 )
-_SOLUTION = re.compile(
-    r"(?:^|\n)[ \t]*+(?:\*\*)?(?:#{1,3}[ ]?)?(?:Answer|Solution|Response|Assistant|A)(?:\*\*)?:"
-    r"|<\|im_start\|>assistant|<\|start_header_id\|>assistant|<\|Assistant\|>|<｜Assistant｜>|\[/INST\]"
-)
-_PROMPT_AFTER_ANSWER = re.compile(
-    r"\b(?:Question|Problem|Instruction)(?:[ ]?[0-9]{1,4})?:|Let's think step by step"
-)
-_END_TOKEN = re.compile(r"</s>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<｜end▁of▁sentence｜>|<\|end\|>")
-# A text without any of these holds no prompt, no second problem and no end token (cheap to look for).
-_SIGNS = (
-    "Q",
-    "Problem",
-    "Instruction",
-    "Exercise",
-    "Human",
-    "User",
-    "<|",
-    "<｜",
-    "</s>",
-    "[INST]",
-    "Let's think",
+_LETTER = re.compile(r"(?:\A|\n)[ \t*]*+A(?:\*\*)?:")
+_FINAL = re.compile(r"(?:\A|\n)[ \t#*_]*+(?:[Tt]he )?[Ff]inal [Aa]nswer[ \t:*_]*+(?=\n)", re.IGNORECASE)
+_BLANK = re.compile(r"[\s:*_`#]*+")
+_BRACE = re.compile("[{}]")
+_DIGIT = re.compile("[0-9]")
+_LAST = re.compile(
+    r"(?P<sign>[-+]\s?)?(?:\\?\$\s?)?(?P<inner>-\s?)?(?:(?P<whole>[0-9]{1,9})\s(?=[0-9]{1,9}\s?/\s?[0-9]))?"
+    rf"(?P<number>{DIGITS})(?:\s?/\s?(?P<below>{DIGITS}))?"
 )
 
 
@@ -93,27 +64,18 @@ class Reading:
     """What was read from one completion.
 
     `answer` and `flexible_answer` are canonical numbers ('18', '-0.5', '1/3') or None. `found` counts answer
-    statements, also those after a next problem began. `leak`: the completion holds pieces of a prompt.
-    `start` and `end` bound the solution: after the thinking and a repeated prompt, before a next problem.
+    statements, also those after a next problem began. `leak`: the completion holds pieces of a prompt; `tail`: more
+    than end tokens stands behind the solution. `start` and `end` bound the solution.
     """
 
     answer: str | None
     flexible_answer: str | None
     found: int
     leak: bool
+    tail: bool
     empty: bool
     start: int
     end: int
-
-
-def parse_number(text: str) -> Fraction | None:
-    """The exact number that `text` states, without currency, `%`, commas and units; None when there is none.
-
-    Reads `$-38,000`, `70 000`, `1/2`, `1 1/2`, `.5`, `20%` (as 20), `18 dollars.`, `2 million`, `**18**`,
-    `\\boxed{18}`, `9*2 = 18`. Not a number: `7:30`, `1.2.3`, a division by zero, 400 digits or more.
-    """
-    value = _value_at(text, 0, len(text))
-    return None if value is None else Fraction(value)
 
 
 def canonical(value: Fraction | int) -> str:
@@ -133,13 +95,16 @@ def canonical(value: Fraction | int) -> str:
 
 
 def gold_answer(solution: str) -> str | None:
-    """The canonical gold: what follows the last `####`; without one, the strict answer or the bare number."""
+    """The canonical gold: what follows the last `####`, or a bare number, or the strict answer of a worked text.
+
+    None unless it is one number with at most a unit. The noise of binary floats is taken off
+    (`3244047.0999999996` means 3244047.1).
+    """
     place = solution.rfind("####")
-    answer = read_answer(solution).answer if place < 0 else None
-    if answer is not None:
-        return answer
-    value = _value_at(solution, place + 4 if place >= 0 else 0, len(solution))
-    return None if value is None else canonical(value)
+    value = gold_number(solution[place + 4 :] if place >= 0 else solution)
+    if value is None:
+        return read_answer(solution).answer if place < 0 else None
+    return canonical(value)
 
 
 def same_answer(a: str | None, b: str | None) -> bool:
@@ -149,202 +114,167 @@ def same_answer(a: str | None, b: str | None) -> bool:
 
 def read_answer(completion: str, question: str | None = None) -> Reading:
     """Read the answer a completion states; `question` helps to tell a repeated prompt from the solution."""
-    mark = completion.find("####")
-    thinks = "think>" in completion
-    signs = question in completion if question else False
-    for sign in _SIGNS:
-        if sign in completion:
-            signs = True
-            break
-    if mark >= 0 and not thinks and not signs:
-        plain = _PLAIN.match(completion, mark + 4)
-        if plain is not None:
-            return Reading(plain[1], plain[1], 1, False, False, 0, len(completion))
-    text = completion if completion.isascii() else completion.translate(_ALIKE)
-    start, end, leak = 0, len(text), False
-    if thinks:
-        closed = text.find("</think>")
-        if closed < 0:
-            return Reading(None, _last_number(text, 0, end), 0, leak, False, 0, end)
-        following = _PROBLEM.search(text, closed + 8)
-        start = text.rfind("</think>", 0, following.start() if following else end) + 8
-        reopened = text.find("<think>", start)
-        end = reopened if reopened >= 0 else end
-    if signs:
-        start, end, leak = _solution_span(text, question, start, end)
+    plain = is_plain(completion, question)
+    if plain:
+        simple = _plain_ending(completion)
+        if simple:
+            return Reading(simple, simple, 1, False, False, False, 0, len(completion))
+    text = as_ascii(completion)
+    if plain:
+        start, end, leak, tail = 0, len(text), False, False
+    else:
+        start, end, leak, tail, closed = solution_span(text, question, _states)
+        if not closed:
+            return Reading(None, _last_number(text, 0, end), 0, leak, tail, False, 0, end)
     answer, found = _strict(text, start, end)
     flexible = answer if answer is not None else _last_number(text, start, end)
-    return Reading(answer, flexible, found, leak, not text[start:].strip(), start, end)
+    return Reading(answer, flexible, found, leak, tail, not text[start:].strip(), start, end)
 
 
-def _solution_span(text: str, question: str | None, start: int, end: int) -> tuple[int, int, bool]:
-    """Where the solution lies between a repeated prompt and a next problem; whether there was either."""
-    leak = False
-    problem = _PROBLEM.search(text, start, end)
-    asked = text.find(question.translate(_ALIKE), start, end) if question else -1
-    echoed = problem is not None and not text[start : problem.start()].strip()
-    if asked >= 0 and question and (echoed or _strict(text, start, asked)[0] is None):
-        start, leak = asked + len(question), True
-    elif echoed and problem is not None:
-        # Without the question's own text, its first line is taken for the question.
-        line = re.compile(r"\s*+[^\n]*+").match(text, problem.end())
-        start, leak = line.end() if line else problem.end(), True
-        turn = _SOLUTION.search(text, problem.end(), start)
-        start = turn.start() if turn else start
-    if leak:
-        turn, problem = _SOLUTION.search(text, start, end), _PROBLEM.search(text, start, end)
-        if turn and not (problem and problem.start() < turn.start()):
-            start = turn.start()
-    token = _END_TOKEN.search(text, start, end)
-    end = token.start() if token else end
-    following = _PROBLEM.search(text, start, end)
-    if following:
-        end, leak = following.start(), True
-    again = text.find(question.translate(_ALIKE), start, end) if question else -1
-    if again >= 0:
-        end, leak = again, True
-    mark = text.find("####", start, end)
-    prompt = _PROMPT_AFTER_ANSWER.search(text, mark, end) if mark >= 0 else None
-    if prompt:
-        end, leak = prompt.start(), True
-    return start, end, leak
+def _plain_ending(text: str) -> str | None:
+    """The answer of a text that ends in `#### 18` or `A: 18` and states nothing else: most do."""
+    place = text.find("####") + 4
+    if place < 4:
+        place = text.find("A:") + 2
+        alone = place == 2 or (place > 2 and text[place - 3] == "\n")
+        if not alone or "boxed" in text or "nswer" in text or "NSWER" in text:
+            return None
+    match = _PLAIN.match(text, place)
+    return match[1] if match else None
+
+
+def _states(text: str, start: int, end: int) -> bool:
+    return _strict(text, start, end)[0] is not None
 
 
 def _strict(text: str, start: int, end: int) -> tuple[str | None, int]:
     """The strict answer between `start` and `end`, and the number of answer statements from `start` on."""
-    answer: Fraction | int | None = None
-    found, heading = 0, 0
+    for kind in (_marks, _tags, _boxes, _phrases):
+        places = kind(text, start, end)
+        if not places:
+            continue
+        inside = bisect_left(places, end, key=lambda one: one.mark)
+        values = [one.value(text) for one in places[max(0, inside - MOST) : inside]]
+        said = [value for value in values if value is not None]
+        if said:
+            later = [one.value(text) for one in places[inside : inside + MOST]]
+            numbers = [value for value in said + later if value is not None and value is not UNCLEAR]
+            last = said[-1]
+            count = len(numbers) if kind is _marks else len(set(numbers))
+            return (None if last is UNCLEAR else canonical(last)), count
+    return None, 0
+
+
+class _Place(NamedTuple):
+    """A place where an answer may be stated: in text[start:end], or just before its mark."""
+
+    mark: int
+    start: int
+    end: int
+    alone: bool = False  # nothing but the number may stand there
+
+    def value(self, text: str) -> Stated:
+        """What is stated there."""
+        if self.alone:
+            return gold_number(text[self.start : self.end])
+        value = stated(text, self.start, self.end)
+        if value is None and text.startswith("####", self.mark):  # 98####
+            before = _BEFORE_MARK.search(
+                text[max(text.rfind("\n", 0, self.mark) + 1, self.mark - 60) : self.mark]
+            )
+            return stated(before[1]) if before else None
+        return value
+
+
+def _marks(text: str, start: int, end: int) -> list[_Place]:
+    """Every `####`, also behind `end`, but for quoted ones and the headings of steps, counted from 1."""
+    places: list[_Place] = []
+    titles: list[_Place] = []
     mark = text.find("####", start)
     while mark >= 0:
         place = mark + 4
+        while text.startswith("#", place):
+            place += 1
+        following = text.find("####", place)
+        stop = min(following if following >= 0 else len(text), end if mark < end else len(text))
         title = _HEADING.match(text, place)
-        if title and int(title[1]) == heading + 1:
-            heading += 1  # headings of steps, counted from 1, are no answers
-        else:
-            value = _value_at(text, place, end if place < end else len(text))
-            if value is not None:
-                found += 1
-                answer = value if answer is None and place < end else answer
-        mark = text.find("####", place)
-    if heading == 1 and not found:  # a single `#### 1. ...` is an answer after all
-        mark = text.find("####", start)
-        answer, found = _value_at(text, mark + 4, end), 1
-    if answer is None:
-        answer, boxes = _boxed(text, start, end)
-        found = found or boxes
-    if answer is None:
-        stated: dict[Fraction | int, None] = {}
-        for place in _phrases(text, start, end):
-            value = _value_at(text, place, end)
-            if value is not None:
-                stated.setdefault(value)
-        answer = next(iter(stated), None)
-        found = found or len(stated)
-    return None if answer is None else canonical(answer), found
+        if title and int(title[1]) == len(titles) + 1:
+            titles.append(_Place(mark, place, stop))
+        elif not _is_quoted(text, start, mark, place):
+            places.append(_Place(mark, place, stop))
+        mark = following
+    if not places and len(titles) == 1:  # a single `#### 1. ...` is an answer after all
+        one = titles[0]
+        return [one._replace(end=text.find(".", one.start) + 1)]
+    return places
 
 
-def _phrases(text: str, start: int, end: int) -> list[int]:
-    """Places right after `The answer is`, `Answer:` and, at the start of a line, `A:`, in order."""
+def _is_quoted(text: str, start: int, mark: int, place: int) -> bool:
+    """Whether a mark is a quoted example of the format; of one at the beginning, the opening quote may be missing."""
+    if mark > start and text[mark - 1] in _QUOTES:
+        return True
+    first = mark - start < 200 and "=" not in text[start:mark]
+    return first and _QUOTED.match(text, place) is not None
+
+
+def _tags(text: str, start: int, end: int) -> list[_Place]:
+    """Every `<answer>`."""
+    places: list[_Place] = []
+    for tag in _TAG.finditer(text, start, end) if "nswer>" in text or "NSWER>" in text else ():
+        closed = text.find("</", tag.end(), min(end, tag.end() + WINDOW))
+        places.append(_Place(tag.start(), tag.end(), closed if closed >= 0 else end))
+    return places
+
+
+def _boxes(text: str, start: int, end: int) -> list[_Place]:
+    """Every box; one without braces reaches to the end of its line."""
     places = []
-    for word, opening in (("nswer", "Aa"), ("ANSWER", "")):
-        place = text.find(word, start, end)
-        while place >= 0:
-            first = place - 1 if opening else place
-            whole_word = first == start or not text[first - 1].isalnum()
-            match = _ANSWER_IS.match(text, place + len(word), end)
-            if match and whole_word and first >= start and (not opening or text[first] in opening):
-                places.append(match.end())
-            place = text.find(word, place + 1, end)
-    place = text.find("A", start, end)
-    while place >= 0:
-        match = _A_COLON.match(text, place + 1, end)
-        if match:
-            before = text[max(start, place - 6) : place].rstrip(" \t*")
-            if before[-1:] == "\n" or (not before and place - 6 <= start):
-                places.append(match.end())
-        place = text.find("A", place + 1, end)
-    return sorted(places)
-
-
-def _boxed(text: str, start: int, end: int) -> tuple[Fraction | int | None, int]:
-    """The number in the last box, and how many distinct numbers are boxed."""
-    values: list[Fraction | int | None] = []
-    opened = -1
     box = text.find("boxed", start, end)
     while box >= 0:
-        opened = text.find("{", box, box + 8)
-        closed = text.find("}", opened, min(end, opened + WINDOW)) if opened >= 0 else -1
-        nested = opened >= 0 and text.find("{", opened + 1, closed) >= 0
-        values.append(_value_at(text, box + 5, closed if closed >= 0 and not nested else end))
+        opened = text.find("{", box + 5, min(end, box + 8))
+        first = opened + 1 if opened >= 0 else box + 5
+        places.append(_Place(box, first, _closing_brace(text, opened, end) if opened >= 0 else end))
         box = text.find("boxed", box + 5, end)
-    if values and values[-1] is None and opened >= 0:  # words before the number
-        last = _last_number(text, opened, _closing_brace(text, opened, end))
-        values[-1] = None if last is None else Fraction(last)
-    return (values[-1] if values else None), len({value for value in values if value is not None})
+    return places
 
 
 def _closing_brace(text: str, opened: int, end: int) -> int:
-    depth, end = 0, min(end, opened + WINDOW)
-    for place in range(opened, end):
-        if text[place] == "{":
-            depth += 1
-        elif text[place] == "}":
-            depth -= 1
-            if depth == 0:
-                return place
+    depth, end = 0, min(end, opened + LONGEST_BOX)
+    for brace in _BRACE.finditer(text, opened, end):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.start()
     return end
 
 
-def _value_at(text: str, place: int, end: int) -> Fraction | int | None:
-    """The number stated right after `place`; of a calculation, what stands after the line's last `=`."""
-    simple = _SIMPLE.match(text, place, end)
-    if simple:
-        return int(simple[1])
-    text = text[place : min(end, place + WINDOW)]
-    if not text.isascii():
-        text = text.translate(_ALIKE).translate(_VULGAR)
-    if "\\" in text:
-        text = _LATEX_SPACE.sub("", _FRAC.sub(r" \1\3/\2\4 ", text))
-    lead = _LEAD.match(text)
-    match = _VALUE.match(text, lead.end() if lead else 0)
-    if match is None:
-        return None
-    if _OPERATION.match(text, match.end()):
-        line_end = text.find("\n", match.end())
-        equals = text.rfind("=", match.end(), line_end if line_end >= 0 else len(text))
-        lead = _LEAD.match(text, equals + 1)
-        match = _VALUE.match(text, lead.end() if lead else 0) if equals >= 0 else None
-        if match is None:
-            return None
-    if _NOT_ENDED.match(text, match.end()):
-        return None
-    value = _value_of(match, bool(match["sign"] and "-" in match["sign"]))
-    scale = _SCALE.match(text, match.end())
-    return value * _SCALES[scale[1]] if value is not None and scale else value
-
-
-def _value_of(match: re.Match[str], negative: bool) -> Fraction | None:
-    number, below = match["number"], match["below"]
-    if len(number) > 2 * MAX_DIGITS or (below and len(below) > 2 * MAX_DIGITS):
-        return None
-    number = re.sub(r"[ ,{}]", "", number) if len(number) > 3 else number
-    if len(number) > MAX_DIGITS:
-        return None
-    value = Fraction(number)
-    if match["exponent"]:
-        power = int(match["exponent"][1:])
-        if abs(power) > MAX_DIGITS - len(number):
-            return None
-        value *= Fraction(10) ** power
-    if below:
-        below = re.sub(r"[ ,{}]", "", below)
-        divisor = Fraction(below) if len(below) <= MAX_DIGITS else 0
-        if divisor == 0:
-            return None
-        value /= divisor
-    if match["whole"]:
-        value += int(match["whole"])
-    return -value if negative != bool(match["inner"]) else value
+def _phrases(text: str, start: int, end: int) -> list[_Place]:
+    """Every `The answer is`, `Answer:`, `A:` and heading `Final Answer`, in order."""
+    places = []
+    patterns = (_PHRASE, _FINAL, _LETTER) if "nswer" in text or "ANSWER" in text else (_LETTER,)
+    for pattern in patterns:
+        for phrase in pattern.finditer(text, start, end):
+            line = text.find("\n", phrase.end(), end)
+            line = line if line >= 0 else end
+            blank = _BLANK.match(text, phrase.end(), min(end, phrase.end() + WINDOW))
+            first = blank.end() if blank else phrase.end()
+            if first <= line:
+                if (
+                    " " not in phrase[0].strip()
+                    and "=" in text[first:line]
+                    and text.find("=", line, end) >= 0
+                ):
+                    continue  # Answer: 3*4 = 12, and the next line goes on
+                places.append(_Place(phrase.start(), phrase.end(), line))
+                continue
+            # Its line holds nothing else: the number must be alone in the next one.
+            line = text.find("\n", first, end)
+            line = line if line >= 0 else end
+            sentence = " is" in phrase[0] and not _DIGIT.search(
+                text, line, end
+            )  # The answer is:\nShe has 18 left.
+            if sentence or "final" in phrase[0].lower() or not text[line:end].strip():
+                places.append(_Place(phrase.start(), first, min(line, first + WINDOW), alone=not sentence))
+    return sorted(places)
 
 
 def _last_number(text: str, start: int, end: int) -> str | None:
@@ -353,10 +283,15 @@ def _last_number(text: str, start: int, end: int) -> str | None:
     while place >= start and not "0" <= text[place] <= "9":
         place -= 1
     last = None
-    for match in _VALUE.finditer(text, max(start, place - 2 * MAX_DIGITS), place + 1):
+    for match in _LAST.finditer(text, max(start, place - 2 * MAX_DIGITS), place + 1):
         last = match
     if place < start or last is None:
         return None
-    sign, before = last["sign"], text[last.start() - 1 : last.start()]
-    value = _value_of(last, sign == "-" and not (before.isalnum() or before == ")"))
-    return None if value is None else canonical(value)
+    value = exact(last["number"])
+    below = exact(last["below"]) if last["below"] else Fraction(1)
+    if value is None or not below:
+        return None
+    value = value / below + int(last["whole"] or 0)
+    before = text[last.start() - 1 : last.start()] if last.start() else ""
+    minus = bool(last["sign"] and "-" in last["sign"]) and not (before.isalnum() or before == ")")
+    return canonical(-value if minus != bool(last["inner"]) else value)

@@ -40,7 +40,7 @@ def prompt_ids(
     """
     if prompt.chat:
         messages = prompt_messages(prompt, question, style, system)
-        filled = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        filled = filled_template(tokenizer, messages)
         if not filled.endswith(prompt.opening):
             raise UserError(
                 f"prompt.opening: the chat template does not end in {prompt.opening!r} "
@@ -50,6 +50,27 @@ def prompt_ids(
     text = prompt_text(prompt, question, style)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+
+
+def filled_template(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The tokenizer's chat template over these turns, up to where the model's own words begin.
+
+    Raises UserError when there is none, or when it refuses the turns, as many do with a system line.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        roles = " and ".join(message["role"] for message in messages)
+        raise UserError(
+            f"prompt: the model's chat template refuses {roles} turns ({str(error).strip():.160}); "
+            "leave out what it refuses (prompt.system, and the arms' own), or set chat: false"
+        ) from None
+    except ValueError:
+        raise UserError(
+            "prompt.chat: is true, but the tokenizer has no chat template; set chat: false"
+        ) from None
 
 
 def completion_text(prompt: Prompt, solution: str) -> str:
@@ -64,9 +85,11 @@ def completion_ids(tokenizer: Any, text: str, ended: bool = True, opening: str =
 
     `opening` is left out: the prompt's tokens hold it already. The rest is read as the text of a new line,
     which is where the prompts of all profiles leave off. Read by itself, Llama's tokenizers would put a space
-    before its first word, and the model would learn to write it.
+    before its first word, and the model would learn to write it. An end token that the text spells out is not doubled.
     """
     text = text.removeprefix(opening)
+    if ended and text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip().removesuffix(tokenizer.eos_token)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     line = list(tokenizer("\n", add_special_tokens=False)["input_ids"])
     on_line = list(tokenizer("\n" + text, add_special_tokens=False)["input_ids"])

@@ -1,20 +1,44 @@
-"""The rows of train and Platinum: checks each, drops doubled ones, and drops training questions that Platinum holds."""
+"""The rows of train and Platinum: checks each, drops doubled ones, and drops training questions that Platinum holds.
+
+normalise("What is 1,000 − 5½?")  "what is 1000 - 5 1 / 2"    two questions are one when this is the same
+words("What is 1,000 − 5½?")      [what, is, 1, 000, 5, 1, 2]    an overlap is 13 of these in a row
+"""
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from html.entities import html5
 from typing import Any
+
+import regex
 
 from stages.run.errors import UserError
 from stages.text.answers import gold_answer
+from stages.text.number import as_ascii
 
 FIELDS = ("question", "answer")  # of a source, as GSM8K names them; its answer is our row's `solution`
 GRAM = 13  # words in a row that count as an overlap, as in the GPT-3 paper, appendix C
 Row = dict[str, Any]
+
+_ENTITY = regex.compile("&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+_THOUSANDS = regex.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SUPERSCRIPT = regex.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+_VULGAR = regex.compile("(?=[¼-¾⅐-⅞])")
+_WORD = regex.compile(r"[\p{L}\p{N}][\p{L}\p{M}\p{N}]*+")  # in Hindi a vowel is a mark behind its letter
+# A part of a calculation: a number, a letter that stands alone, something in brackets.
+_BEFORE = r"(?<=(?:[\d)%]|(?<![\p{L}\p{M}\p{N}])\p{L}) ?)"
+_AFTER = r"(?= ?(?:[\d(√]|[-+] ?\d|\.\d|\p{L}(?![\p{L}\p{M}\p{N}])))"
+_TERM = regex.compile(
+    r"(?<![\p{L}\p{M}\p{N}])\.\d+"  # .5
+    rf"|{_WORD.pattern}(?:(?<=\d)[.,](?=\d){_WORD.pattern})*"  # apples, 1.5
+    r"|[+^=%±√≤≥≠]"
+    rf"|{_BEFORE}(?:\*\*|[-*/<:]|(?<!</?\p{{L}})>){_AFTER}"  # but no dash between words, no bold print, no tag
+    r"|(?<![\p{L}\p{M}\p{N}-])-(?=\.?\d)"  # -5
+    r"|(?<=\d|[-+*/^=<>√(] ?)\(|\)(?= ?[-+*/^=<>%(]|\d)"  # of a calculation, not of a remark
+)
 
 
 def checked_row(identity: str, question: object, answer: object, where: str) -> Row:
@@ -22,27 +46,50 @@ def checked_row(identity: str, question: object, answer: object, where: str) -> 
     for name, value in zip(FIELDS, (question, answer), strict=True):
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: field '{name}' is empty or not text ({value!r:.60})")
-        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        if not value.isascii() and regex.search("[\ud800-\udfff]", value):
             raise UserError(
                 f"{where}: field '{name}' holds half a character (a lone surrogate); repair the text"
             )
-    gold = gold_answer(str(answer)) if "####" in str(answer) else None
+    _, mark, behind = str(answer).rpartition("####")
+    gold = gold_answer(str(answer)) if mark else None
     if gold is None:
+        found = f"{behind.strip()[:60]!r} behind the last '####'" if mark else repr(behind.strip()[-40:])
         raise UserError(
-            f"{where}: field 'answer' must end in '#### ' and a number, found {str(answer).strip()[-40:]!r}; "
+            f"{where}: field 'answer' must end in '#### ' and a number with at most a unit, found {found}; "
             "correct or remove this row"
         )
     return {"id": identity, "question": question, "solution": answer, "gold": gold}
 
 
+def entity(row: Row) -> str | None:
+    """An HTML entity such as `&amp;` in a row's texts: what was taken from a web page, and not turned into text."""
+    found = (one for name in ("question", "solution") for one in _ENTITY.findall(row[name]))
+    return next((one for one in found if one[1] == "#" or one[1:] in html5), None)
+
+
+def words(text: str) -> list[str]:
+    """The words and numbers of a text, without case: Unicode NFKC, each a letter or digit with what belongs to it."""
+    return _WORD.findall(_plain(text))
+
+
 def normalise(text: str) -> str:
-    """`text` as compared with others: Unicode NFKC, case folded, only its words, one space between them."""
-    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold()))
+    """`text` as compared with others: its words, numbers, signs and operators, one space between them.
+
+    Case, spaces, punctuation, currency signs and the commas of thousands make no other question; a minus does.
+    """
+    text = regex.sub(r"[\p{Sc}\\]", "", _plain(text))
+    text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    return " ".join(_TERM.findall(text))
 
 
-def grams(text: str) -> set[str]:
-    """All runs of 13 words of a normalised text; none when it is shorter."""
-    words = text.split()
+def _plain(text: str) -> str:
+    text = _VULGAR.sub(" ", _SUPERSCRIPT.sub(r"^\g<0>", text))  # NFKC makes 2 of ², and 51⁄2 of 5½
+    text = as_ascii(unicodedata.normalize("NFKC", as_ascii(text))).casefold().replace("÷", "/")
+    return " ".join(regex.sub(r"\p{Cf}", "", text).split())  # Cf is invisible: soft hyphens, joiners
+
+
+def grams(words: list[str]) -> set[str]:
+    """All runs of 13 words; none when there are fewer."""
     return {" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
 
 
@@ -50,8 +97,9 @@ class Overlap:
     """What a question may not share with the held-out rows."""
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self.texts = {normalise(row["question"]) for row in rows}
-        self.grams: set[str] = set().union(*map(grams, self.texts))
+        questions = [row["question"] for row in rows]
+        self.texts = {normalise(question) for question in questions}
+        self.grams: set[str] = set().union(*(grams(words(question)) for question in questions))
 
 
 @dataclass
@@ -74,7 +122,7 @@ class Cleaner:
             self.golds[text] = row["gold"]
             if text in self.overlap.texts:
                 self.counts["exact"] += 1
-            elif not self.overlap.grams.isdisjoint(grams(text)):
+            elif not self.overlap.grams.isdisjoint(grams(words(row["question"]))):
                 self.counts["gram"] += 1
             else:
                 yield row

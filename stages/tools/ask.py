@@ -5,6 +5,7 @@ One plain model call: the prompt is the evaluation's, and greedy decoding gives 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -22,14 +23,19 @@ def main(
     max_new_tokens: int | None = None,
     samples: int = 1,
 ) -> None:
-    """Answer one question. `temperature` 0 is greedy decoding; above 0, `top_p` is the evaluation's.
+    """Answer one question, `-` being the standard input. `temperature` 0 is greedy; above 0, `top_p` is evaluation's.
 
     `max_new_tokens` is the evaluation's unless given. Raises UserError when the policy has no checkpoint, or the
-    question is empty.
+    question is empty or not in UTF-8.
     """
     params = load_params()
     check_checkpoints(policy)
-    question = question.strip()
+    try:
+        # Other bytes on the command line come as half characters, which cannot be encoded.
+        words = sys.stdin.buffer.read() if question == "-" else question.encode()
+        question = words.decode("utf-8-sig").strip()
+    except UnicodeError as error:
+        raise UserError(f"ask: the question is not text in UTF-8 ({error})") from None
     if not question:
         raise UserError("ask: the question is empty")
     if samples > 1:  # they vote for the answer
@@ -42,6 +48,7 @@ def main(
     from transformers import GenerationConfig
 
     from stages.policy.adapter import load_policy
+    from stages.policy.context import context_size
     from stages.policy.request import end_ids
     from stages.run.process import fix_arithmetic
     from stages.text.prompts import prompt_ids
@@ -59,6 +66,11 @@ def main(
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     prompt = torch.tensor([prompt_ids(tokenizer, params.prompt, question)], device=model.device)
+    if (context := context_size(model.config)) and prompt.shape[1] + limit > context:
+        raise UserError(
+            f"ask: the question has {prompt.shape[1]:,} tokens with its prompt, which with {limit:,} new ones is more "
+            f"than the model's context of {context:,}; ask a shorter one, or lower --max-new-tokens"
+        )
     stream = Stream(tokenizer, params.prompt.opening, ends)
     with torch.inference_mode():
         ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=stream)[0]

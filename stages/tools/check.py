@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -37,8 +37,12 @@ from stages.run.params import (
 )
 from stages.run.paths import BASE, SHIPPED, TRAIN, WORK
 from stages.run.stage import MANIFEST
-from stages.text.prompts import completion_text, prompt_messages, prompt_text
+from stages.text.prompts import completion_text, filled_template, prompt_messages, prompt_text
+from stages.tools.model_check import find_model, long_questions
 from stages.tools.show import EXAMPLE, new_console, new_table, raise_first
+
+if TYPE_CHECKING:
+    from stages.checkpoint.look import Found
 
 NVIDIA, WINDOWS = Path("/dev/nvidiactl"), Path("/dev/dxg")  # one is there when a GPU has its driver
 GB = 10**9
@@ -55,25 +59,36 @@ def main(gpu_memory: float | None = None) -> None:
     console = new_console()
     params = load_params()
     checks = [("params.yaml", ""), (f"profiles/{params.profile}.yaml", ""), *_files(params)]
+    lines: list[str] = []  # what `base` will say
+    found = None
+    if isinstance(params.model, DirectoryModel | HubModel):
+        found, refused = find_model(params.model, lines.append)
+        checks += _model(params.model, found, refused)
     if not gpu_memory:
         checks += _gpu()
     table = new_table("checked", "")
     for name, problem in checks:
         table.add_row(name, Text(problem, "red") if problem else Text("OK", "green"))
     console.print(table)
+    for line in lines:
+        console.print(f"base will say: {line}", soft_wrap=True)
     raise_first([f"{name}: {problem}" for name, problem in checks if problem])
 
-    too_little = _print_needs(console, params, gpu_memory)
+    problems = _print_needs(console, params, gpu_memory, found)
+    shipped = SHIPPED if isinstance(params.model, ShippedModel) else None
+    for line in long_questions(params, found, BASE if _base_is_made(params) else shipped):
+        console.print(Text(line, "red"), soft_wrap=True)
+        problems.append(line)
 
     example, origin = _example()
-    tokenizer, note = _tokenizer(params)
+    tokenizer, note = _tokenizer(params, found)
     console.print(f"\nThe first prompts, filled with {origin}", style="bold")
     if note:
         console.print(note, soft_wrap=True)
     for title, text in _prompts(params, example, tokenizer):
         console.rule(title, align="left", style="dim")
         console.print(text, soft_wrap=True)
-    raise_first(too_little)
+    raise_first(problems)
 
 
 # ---- Files -------------------------------------------------------------------------------------------
@@ -86,14 +101,16 @@ def _files(params: Params) -> Iterator[tuple[str, str]]:
     if isinstance(params.data, FilesData):
         for name in ("train", "platinum"):
             path = Path(getattr(params.data, name))
-            yield f"data.{name} {path}", "" if path.is_file() else "there is no such file"
-    if isinstance(params.model, DirectoryModel):
-        folder = Path(params.model.path)
-        found = (folder / "config.json").is_file()
-        yield (
-            f"model.path {folder}",
-            "" if found else "holds no config.json; name a model's folder as on the hub",
-        )
+            yield f"own.{name} {path}", "" if path.is_file() else "there is no such file"
+
+
+def _model(
+    spec: DirectoryModel | HubModel, found: Found | None, refused: UserError | None
+) -> Iterator[tuple[str, str]]:
+    """The same for the model; nothing while it is not here."""
+    if found or refused:
+        key, name = ("own.model", spec.path) if isinstance(spec, DirectoryModel) else ("model.id", spec.id)
+        yield f"{key} {name}", str(refused or "").removeprefix(f"{name}: ")
 
 
 def _scorer_problem(path: Path) -> str:
@@ -120,7 +137,9 @@ def _gpu() -> Iterator[tuple[str, str]]:
         yield "GPU", "" if usable else f"{built} finds none, though the driver is here (docs/rented-host.md)"
 
 
-def _print_needs(console: Console, params: Params, gpu_memory: float | None) -> list[str]:
+def _print_needs(
+    console: Console, params: Params, gpu_memory: float | None, found: Found | None
+) -> list[str]:
     """Print what the run needs and what is there; return one line for each disk or memory that is too small."""
     devices = find_devices(params, gpu_memory)
     device = min(devices, key=lambda one: one.free)  # all processes take the rows that fit on the fullest one
@@ -131,7 +150,7 @@ def _print_needs(console: Console, params: Params, gpu_memory: float | None) -> 
     engine = "" if unknown else f", engine {engine_kind(params.hardware)}"
     console.print(f"\n{processes} on {device.name}, {size}{engine}", style="bold")
     try:
-        shape = find_shape(params)
+        shape = find_shape(params, found)
     except UserError as error:  # such a model may run all the same
         console.print(str(error), soft_wrap=True)
         return []
@@ -187,9 +206,13 @@ def _base_is_made(params: Params) -> bool:
     )
 
 
-def find_shape(params: Params) -> Shape | None:
-    """The base model's shape by its config: in checkpoints/base, its folder, or the hub's cache. None without one."""
+def find_shape(params: Params, found: Found | None = None) -> Shape | None:
+    """The base model's shape: of the model `found`, else by the config in checkpoints/base, its folder, or the hub's
+    cache. None without one.
+    """
     model = params.model
+    if found:
+        return memory.shape_of_config(found.model.config.to_dict(), "the model's config.json")
     if isinstance(model, BuiltModel):
         return memory.shape_of_built(model)
     places = [BASE / "config.json"] if _base_is_made(params) else []
@@ -201,8 +224,6 @@ def find_shape(params: Params) -> Shape | None:
 
         cached = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
         places += [Path(cached)] if isinstance(cached, str) else []
-    else:
-        places.append(Path(model.path) / "config.json")
     for place in places:
         if place.is_file():
             return memory.shape_of_config({**read_json(place), "dtype": dtype}, str(place))
@@ -334,22 +355,21 @@ def _example() -> tuple[dict[str, Any], str]:
     return sample, "a sample question (run `dvc repro prepare` to see one of your own)"
 
 
-def _tokenizer(params: Params) -> tuple[Any, str]:
+def _tokenizer(params: Params, found: Found | None) -> tuple[Any, str]:
     """The tokenizer whose chat template fills the prompts, or None and why there is none yet."""
     if not params.prompt.chat:
         return None, ""
-    if not _base_is_made(params):
+    if found:
+        tokenizer = found.tokenizer
+    elif _base_is_made(params):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    else:
         state = "holds another model" if (BASE / MANIFEST).is_file() else "is not there"
         return (
             None,
             f"{BASE} {state}: run `dvc repro base` to see these messages in the model's chat template.",
-        )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"prompt.chat: is true, but the tokenizer in {BASE} has no chat template; set chat: false"
         )
     return tokenizer, ""
 
@@ -363,7 +383,7 @@ def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterato
         messages = prompt_messages(params.prompt, example["question"], style, system)
         if tokenizer is None:
             return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return filled_template(tokenizer, messages)
 
     completion = completion_text(params.prompt, example["solution"]).removeprefix(params.prompt.opening)
     for style in dict.fromkeys(params.sft.styles):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from stages.regime_w.record import same_id
 from stages.run.errors import UserError
 from stages.run.files import read_numbered_jsonl
 from stages.stats.one import BOOTSTRAP_SEED, wilson
@@ -33,7 +34,7 @@ class Log:
     """What is kept of a log: one entry a row in each array."""
 
     path: Path
-    place: dict[str | int, int] = field(default_factory=dict)  # id -> its entry in the arrays
+    place: dict[str, int] = field(default_factory=dict)  # id -> its entry in the arrays
     line: array[int] = field(default_factory=lambda: array("q"))
     correct: bytearray = field(default_factory=bytearray)
     completion: array[int] = field(default_factory=lambda: array("q"))  # its hash; 0 when there is none
@@ -126,10 +127,7 @@ def _read(path: Path, id_field: str, correct_field: str, votes: LogVotes | None)
                 f"`python -m stages grade {path} --out GRADED.jsonl` and compare that, or see --correct"
             ) from None
         if key in log.place:
-            raise UserError(
-                f"{path}: lines {log.line[log.place[key]]} and {number} have the same id {key!r}; each question "
-                "may be there once"
-            )
+            raise same_id(path, log.line[log.place[key]], number, key)
         log.place[key] = len(log.line)
         log.line.append(number)
         log.correct.append(correct)

@@ -18,15 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.regime_w.pairs import KINDS, make_pairs
+from stages.regime_w.record import read_questions
 from stages.regime_w.reward import reward_parts
-from stages.regime_w.scorer import QUESTION_FIELDS, read_gold, read_trajectories, solution_views
+from stages.regime_w.scorer import read_gold, read_gold_answer, solution_views
 from stages.regime_w.signals import CONSTANT, SIGNALS, GroupAnalysis, Reasoning, analyse_group
 from stages.regime_w.solution import Equation, Number
 from stages.run.errors import UserError
 from stages.run.params import Params, Reward, load_params
 from stages.run.paths import SCORED
-from stages.text.answers import Reading, canonical, gold_answer, same_answer
-from stages.tools.show import Row, cell, find_record, new_console, new_table, print_json, verdict
+from stages.text.answers import Reading, canonical, read_answer, same_answer
+from stages.tools.show import Row, cell, nearest, new_console, new_table, print_json, verdict
 
 LEGEND = (
     "e1 an equation, below it where its numbers come from: m1 the question's, e1 an earlier result, else a "
@@ -42,12 +43,26 @@ def main(question_id: str, rollouts: Path = SCORED, text: bool = False, as_json:
 
     Raises UserError when there is no such question, or a file cannot be used.
     """
-    record = find_record(rollouts, question_id, QUESTION_FIELDS, "question")
-    picture = explain(record, rollouts, load_params())
+    picture = explain(find_question(rollouts, question_id), rollouts, load_params())
     if as_json:
         print_json(picture)
     else:
         show(picture, new_console(), text)
+
+
+def find_question(path: Path, name: str) -> Row:
+    """The question with this id; the whole file is read, as it is read to make pairs.
+
+    Raises UserError for a file that cannot be used, and, with the nearest ids, when it has no such question.
+    """
+    found, ids = None, []
+    for record in read_questions(path, scored=True):
+        ids.append(record["id"])
+        if record["id"] == name:
+            found = record
+    if found is None:
+        raise UserError(f"{path}: no question '{name}'" + nearest(name, ids))
+    return found
 
 
 # ---- what there is to show ---------------------------------------------------------------------------
@@ -62,7 +77,7 @@ def explain(record: Row, rollouts: Path, params: Params) -> Row:
         answer = row.get("answer", reading.answer)
         trajectories.append(
             {
-                "id": row.get("id") or f"{record['id']}/{index}",
+                "id": row["id"],
                 "arm": row.get("arm"),
                 "answer": answer,
                 "correct": row.get("correct", same_answer(answer, gold)),
@@ -92,15 +107,13 @@ def explain(record: Row, rollouts: Path, params: Params) -> Row:
 def read_question(path: Path, record: Row) -> tuple[str, list[Reading], GroupAnalysis, Reasoning | None]:
     """A question's gold answer, and what the shipped code reads of its trajectories and its gold solution.
 
-    Raises UserError when the gold is no number or a trajectory has no text.
+    Raises UserError when the gold is no number.
     """
-    gold = gold_answer(str(record["gold"]))
-    if gold is None:
-        raise UserError(f"{path}: question '{record['id']}': its gold {record['gold']!r:.60} is no number")
     try:
-        readings = read_trajectories(record["id"], record["question"], record["trajectories"])
+        gold = read_gold_answer(record)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    readings = [read_answer(row["text"], record["question"]) for row in record["trajectories"]]
     group = analyse_group(record["question"], solution_views(record["trajectories"], readings))
     return gold, readings, group, read_gold(record.get("solution"), group.numbers)
 
@@ -108,12 +121,11 @@ def read_question(path: Path, record: Row) -> tuple[str, list[Reading], GroupAna
 def parts_of(row: Row, record: Row, params: Reward) -> dict[str, float] | None:
     """What the file's reward is the sum of; `other` is what the parameters do not explain. None if unscored."""
     values = [row.get("s_wm"), record.get("s_wm"), record.get("s_end"), row.get("reward")]
-    numbers = [one for one in values if isinstance(one, int | float)]
+    numbers = [one for one in values if one is not None]
     if len(numbers) < len(values):
         return None
     s_wm, mean, s_end, value = numbers
-    tokens = row.get("tokens") if isinstance(row.get("tokens"), int) else None
-    parts = reward_parts(bool(row.get("correct")), s_wm, mean, s_end, tokens, params)
+    parts = reward_parts(bool(row.get("correct")), s_wm, mean, s_end, row.get("tokens"), params)
     other = value - parts.total
     named = {name: getattr(parts, name) for name in ("correct", "coherence", "consensus", "length")}
     return named | ({"other": other} if abs(other) > 1e-9 else {})
@@ -280,8 +292,8 @@ def _columns(picture: Row, text: bool) -> list[Column]:
         if like is None:
             columns.append(like := Column([], [], cells))
         like.names.append(row["id"].removeprefix(f"{picture['id']}/"))
-        if row["arm"] is not None and str(row["arm"]) not in like.arms:
-            like.arms.append(str(row["arm"]))
+        if row["arm"] is not None and row["arm"] not in like.arms:
+            like.arms.append(row["arm"])
     return columns
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stages.regime_w.record import name
+
 
 def find(record: Mapping[str, Any], path: str) -> Any:
     """The value at `path`, a key that holds dots itself coming first. Raises KeyError when there is none."""
@@ -35,8 +37,9 @@ def require(record: Mapping[str, Any], path: str, option: str) -> Any:
         raise ValueError(f"field '{path}' is missing; fields found: {names}; name it with {option}") from None
 
 
-def question_id(value: Any, path: str) -> str | int:
-    """An id that can be paired: text or a whole number. Raises ValueError for anything else."""
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        return value
-    raise ValueError(f"field '{path}' must be text or a whole number, found {value!r:.60}")
+def question_id(value: Any, path: str) -> str:
+    """An id that can be paired: text, or a whole number as text. Raises ValueError for anything else."""
+    try:
+        return name(value)
+    except ValueError as error:
+        raise ValueError(f"field '{path}' must be {error}, found {value!r:.60}") from None

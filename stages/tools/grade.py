@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from stages.regime_w.record import count
 from stages.run.errors import UserError
 from stages.run.files import atomic_write, jsonl_line
 from stages.stats.one import BOOTSTRAP_SEED, Summary, health_warnings
@@ -111,18 +112,19 @@ def grade(record: dict[str, Any], fields: FieldNames) -> dict[str, Any]:
     question = _question(record, fields.question)
     row: dict[str, Any] = {}
     if fields.id is not None:
-        row["id"] = question_id(require(record, fields.id, "--id"), fields.id)
+        row["id"] = require(record, fields.id, "--id")
+        question_id(row["id"], fields.id)  # it can be paired
     elif "id" in record:
         row["id"] = record["id"]
     if question is not None:
         row["question"] = question
-    tokens, finish = record.get("tokens"), record.get("finish")
+    finish = record.get("finish")
     row["gold"] = gold
     row |= verdict(
         completion,
         gold,
         question,
-        tokens if type(tokens) is int else None,
+        _tokens(record.get("tokens")),
         finish if isinstance(finish, str) else None,
     )
     if samples := _samples(record, fields.samples):
@@ -169,6 +171,14 @@ def _question(record: dict[str, Any], path: str | None) -> str | None:
     if not isinstance(value, str):
         raise ValueError(_not_one_text(value, path))
     return value
+
+
+def _tokens(value: Any) -> int | None:
+    """How many tokens; None where that cannot be seen, as the field may be about something else."""
+    try:
+        return count(value)
+    except ValueError:
+        return None
 
 
 def _is_sample(sample: Any) -> bool:

@@ -11,9 +11,10 @@ from random import Random
 from rich.console import Console
 from rich.text import Text
 
+from stages.regime_w.record import Kinds, count, name, number, same_id, text, typed
 from stages.regime_w.signals import SIGNALS
 from stages.run.errors import UserError
-from stages.run.files import FieldTypes, read_jsonl
+from stages.run.files import FieldTypes, read_numbered_jsonl
 from stages.run.paths import PAIRS
 from stages.tools.show import Row, cell, new_console, new_table
 
@@ -21,6 +22,12 @@ SIDES = ("chosen", "rejected")
 PAIR_FIELDS: FieldTypes = {
     **{"id": str, "kind": str, "question_id": str, "prompt": str},
     **{f"{side}{end}": str for side in SIDES for end in ("", "_id")},
+}
+KINDS: Kinds = {
+    **dict.fromkeys(("id", "question_id", "chosen_id", "rejected_id"), name),
+    **dict.fromkeys(("kind", "prompt", *SIDES, "rejected_finish"), text),
+    **dict.fromkeys(("margin", "chosen_reward", "rejected_reward"), number),
+    **dict.fromkeys(("chosen_tokens", "rejected_tokens"), count),
 }
 # A number, a word, white space, or a sign.
 _PART = re.compile(r"[0-9]+(?:[.,][0-9]+)*|[^\W\d_]+|[^\S\n]+|.", re.DOTALL)
@@ -39,10 +46,9 @@ def main(
 
     Raises UserError when the file has no such pair.
     """
-    fields = {**PAIR_FIELDS, **{f"{side}_signals": dict for side in SIDES}}
     rows = [
         row
-        for row in read_jsonl(pairs, fields)
+        for row in read_pairs(pairs)
         if kind in (None, row["kind"]) and question in (None, row["question_id"])
     ]
     if not rows:
@@ -53,6 +59,24 @@ def main(
     drawn = sorted(Random(seed).sample(range(len(rows)), min(sample, len(rows))))
     for place, index in enumerate(drawn, 1):
         show(rows[index], f"{place} of {len(drawn)}, {len(rows):,} in all", new_console())
+
+
+def read_pairs(path: Path) -> Iterator[Row]:
+    """Yield the pairs of a file, typed as rollouts are (stages/regime_w/record.py).
+
+    Raises UserError with file, line, pair and field for a value that cannot be used, and for an id that is there twice.
+    """
+    lines: dict[str, int] = {}
+    for line, record in read_numbered_jsonl(path):
+        where = f"{path}:{line}" + (f": pair {record['id']!r:.60}" if "id" in record else "")
+        signals = [f"{side}_signals" for side in SIDES]
+        pair = typed(record, KINDS, where, (*PAIR_FIELDS, *signals))
+        if pair["id"] in lines:
+            raise same_id(path, lines[pair["id"]], line, pair["id"])
+        lines[pair["id"]] = line
+        for key in signals:
+            pair[key] = typed(pair[key], dict.fromkeys(SIGNALS, number), f"{where}, {key}")
+        yield pair
 
 
 # ---- what differs ------------------------------------------------------------------------------------
@@ -117,7 +141,7 @@ def facts(pair: Row) -> Iterator[tuple[str, str, str]]:
     for label in ("reward", *SIGNALS):
         yield label, cell(rows[0].get(label), ".3f"), cell(rows[1].get(label), ".3f")
     chosen, rejected = (pair.get(f"{side}_tokens") for side in SIDES)
-    if isinstance(chosen, int) and isinstance(rejected, int):
+    if chosen is not None and rejected is not None:
         yield "tokens", f"{chosen:,} ({chosen - rejected:+,})", f"{rejected:,}"
     if pair.get("rejected_finish") == "length":
         yield "finish", "", "cut off"

@@ -13,10 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from stages.regime_w.scorer import QUESTION_FIELDS
+from stages.regime_w.record import read_questions
 from stages.regime_w.signals import Reasoning
 from stages.run.errors import UserError
-from stages.run.files import read_jsonl
 from stages.run.params import load_params
 from stages.run.paths import SCORED
 from stages.text.answers import same_answer
@@ -59,9 +58,9 @@ def main(rollouts: Path = SCORED, limit: int = 20, threshold: float | None = Non
 
 def suspects(path: Path, threshold: float, seen: dict[bool, list[float]]) -> Iterator[Row]:
     """The suspect questions of a file. Adds the suspicion of every question to `seen`."""
-    for record in read_jsonl(path, QUESTION_FIELDS):
+    for record in read_questions(path, scored=True):
         value = record.get("suspicion")
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if value is None:
             raise UserError(
                 f"{path}: question '{record['id']}' has no suspicion; score the file with `python -m stages coherence`"
             )
@@ -98,7 +97,7 @@ def show(path: Path, record: Row, console: Console) -> None:
     console.print(indented(Text(words, "red" if "does not hold" in words else "")))
     if agreeing:
         row = record["trajectories"][agreeing[0]]
-        console.print(indented(Text(f"{row.get('id')}:", "dim")))
+        console.print(indented(Text(f"{row['id']}:", "dim")))
         console.print(indented(row["text"].strip(), 4))
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from stages.policy.adapter import adapter_weights, save_adapter
+from stages.policy.context import Model, base_context, refuse_long
 from stages.policy.request import Engine, Request, request_seed
 from stages.run.files import atomic_folder, atomic_write, read_json, read_jsonl, write_json
 from stages.run.paths import VALID
@@ -41,6 +42,9 @@ class Selection(TrainerCallback):
             self.rows = {row["step"]: row for row in read_json(self.rows_file)}
         valid = read_jsonl(VALID, {"id": str, "question": str, "gold": str})
         self.problems = list(islice(valid, self.spec.select_questions))
+        asked = Model(tokenizer, base_context(), self.prompt)
+        limit = self.spec.select_max_new_tokens
+        refuse_long(VALID, self.problems, [(None, None)], asked, "dpo.select_max_new_tokens", limit)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -290,6 +290,16 @@ def test_memory_of_the_host_is_shared() -> None:
     assert two.free == pytest.approx(one.free / 2, rel=0.1)
 
 
+def test_gpt2s_names() -> None:
+    """Its settings have names of their own, and the feed-forward layer is four times as wide where it says nothing."""
+    older = {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None, "vocab_size": 50257}
+    newer = {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "vocab_size": 50257,
+    }  # fmt: skip
+    assert memory.shape_of_config(older, "a") == memory.shape_of_config(newer, "b")
+
+
 def test_a_config_of_another_kind() -> None:
     """For a model that cannot be estimated, the message says which values to set instead."""
     with pytest.raises(UserError, match=r"x/config\.json: says no num_hidden_layers.*per_device_batch"):

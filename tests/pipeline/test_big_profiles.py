@@ -34,7 +34,7 @@ STAGE_RUNS = ["prepare", "base", "sft", "rollout", "coherence", "preference", "d
 LIMIT = 80  # tokens; a solution of R1's takes about 50
 # Less of everything. A random model learns from few short texts only at a high rate.
 SMALL: dict[str, Any] = {
-    "data": {"source": "files", "train": "train.jsonl", "platinum": "platinum.jsonl", "valid": 8},
+    "data": {"source": "files", "valid": 8},
     "sft.epochs": 4,
     "sft.batch": 8,
     "sft.learning_rate": 0.01,
@@ -91,7 +91,8 @@ def run_profile(
     rows = problems()
     write_jsonl(project.root / "train.jsonl", rows[:120])
     write_jsonl(project.root / "platinum.jsonl", rows[120:])
-    project.update("params.yaml", {"profile": profile})
+    own = {"own.train": "train.jsonl", "own.platinum": "platinum.jsonl"}
+    project.update("params.yaml", {"profile": profile, **own})
     project.update(f"profiles/{profile}.yaml", SMALL)
     offline = {"HF_HOME": str(project.root.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     project.run("dvc", "repro", "base", **offline)  # the only stage that looks into the hub's cache

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.pipeline
 COMMANDS = (
     ("python -m stages pairs --kind coherence --sample 1", "1 of 1"),
     ("python -m stages suspects", "questions have a suspicion of"),
-    ("dvc repro -f prepare && dvc repro", "Data and pipelines are up to date."),
     ("python -m stages runs", "prepare"),
     ("yes | dvc gc --workspace && dvc status", "Data and pipelines are up to date."),
     ("dvc config --local cache.type hardlink,copy", ""),

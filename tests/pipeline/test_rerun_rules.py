@@ -6,7 +6,9 @@ tests/test_layout.py checks what dvc.yaml lists for each stage, and tests/test_d
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +128,35 @@ def test_a_private_scorer_outside_the_tree_is_a_dependency(copy_run: Callable[[]
     lock = (project.root / "dvc.lock").read_text(encoding="utf-8")
     assert "- path: ../private/scorer.py" in lock
     assert str(project.root.parent) not in lock
+
+
+def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project, tmp_path: Path) -> None:
+    """Questions and a model outside the tree: an edit is seen without `-f`, and without one nothing runs."""
+    project = replace(small_project, root=tmp_path / "project")
+    shutil.copytree(small_project.root, project.root, symlinks=True)
+    questions, model = project.root.parent / "questions", project.root.parent / "model"
+    questions.mkdir()
+    for name in ("train", "platinum"):
+        shutil.copy(project.root / "examples" / f"{name}.jsonl", questions)
+    shutil.copytree(project.root / "stages/tiny/base", model)
+    own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")} | {"model": "../model"}
+    project.update("params.yaml", {"own": own})
+    data, base = {"source": "files", "valid": 3}, {"source": "directory", "dtype": "float32"}
+    project.update(TINY, {"data": data, "model": base})
+    stages = ("prepare", "base")
+    assert project.repro(*stages) == list(stages)
+    assert project.repro(*stages) == []
+    with (questions / "train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"question": "What is 5 - 3?", "answer": "#### 2"}\n')
+    (model / "remark.txt").write_text("new", encoding="utf-8")
+    status = project.status()
+    changed = {stage: [*status[stage][0]["changed deps"]] for stage in stages}
+    assert [Path(path).name for paths in changed.values() for path in paths] == ["train.jsonl", "model"]
+    assert project.repro(*stages) == list(stages)
+    assert project.repro(*stages) == []
+    project.update("params.yaml", {"own.train": "../questions/none.jsonl"})
+    failed = project.run("dvc", "repro", "prepare", check=False)
+    assert failed.returncode and "none.jsonl" in failed.stderr
 
 
 def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(

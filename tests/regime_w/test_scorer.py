@@ -43,7 +43,6 @@ def test_a_next_problem_is_not_read() -> None:
 def test_optional_fields_may_be_absent() -> None:
     record = {"id": "q", "question": QUESTION, "gold": 10, "trajectories": [{"text": text} for text in TEXTS]}
     rows = scored(record)["trajectories"]
-    assert [row["id"] for row in rows] == ["q/0", "q/1", "q/2", "q/3"]
     assert [row["soundness"] for row in rows] == ["unproven", "unproven", "unproven", None]
 
 
@@ -52,6 +51,8 @@ def test_optional_fields_may_be_absent() -> None:
     [
         (None, {}),
         (None, {"text": TEXTS[3]}),  # a wrong answer is no fault
+        (None, {"text": f"{TEXTS[0]}<|im_end|>\n"}),
+        (None, {"text": f"{TEXTS[0]}</s></s>"}),
         ("truncated", {"finish": "length"}),
         ("truncated", {"finish": "length", "text": " "}),
         ("empty", {"text": " \n"}),
@@ -72,8 +73,7 @@ def test_every_trajectory_says_why_it_may_not_be_chosen(fault: str | None, more:
     ("record", "message"),
     [
         (question(*TEXTS, gold="none"), "question 'q1': its gold 'none' is no number"),
-        (question(*TEXTS, trajectories=[{"arm": "a"}]), "question 'q1': trajectory 0 needs a field 'text'"),
-        (question("\ud800"), "question 'q1': cannot be written as JSON"),
+        (question("x", other="\ud800"), "question 'q1': cannot be written as JSON"),
     ],
 )
 def test_a_bad_record_is_named(record: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from stages.run.files import (
     atomic_write,
     read_json,
     read_jsonl,
+    read_numbered_jsonl,
     write_json,
     write_jsonl,
 )
@@ -51,6 +53,21 @@ def test_bad_line_is_named(tmp_path: Path, line: bytes, words: str) -> None:
     with pytest.raises(UserError) as error:
         list(read_jsonl(path, {"id": str, "tokens": (int, type(None))}))
     assert str(error.value).startswith(f"{path}:{words}")
+
+
+def test_nan_and_infinity_are_null(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": NaN, "b": [-Infinity, 1.5]}\n')
+    assert list(read_jsonl(tmp_path / "a.jsonl")) == [{"a": None, "b": [None, 1.5]}]
+
+
+def test_gzip_is_unpacked_and_a_damaged_one_named(tmp_path: Path) -> None:
+    """Known by its first bytes. Cut short, its whole lines are read before the error."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n\n{"a": 2}\n'))
+    assert list(read_numbered_jsonl(path)) == [(1, {"a": 1}), (3, {"a": 2})]
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"a\.jsonl: damaged gzip after line 3 \(.*\); compress it anew"):
+        list(read_numbered_jsonl(path))
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -60,6 +60,8 @@ HUB = """source: hub
   platinum: {id: madrylab/gsm8k-platinum, config: main, split: test, revision: main}
   valid: 5"""
 
+FILES = "source: files\n  train: a.jsonl\n  valid: 5"
+
 PROFILE_MISTAKES = {
     "unknown key": (
         ("  epochs: 1\n  batch", "  epoch: 1\n  epochs: 1\n  batch"),
@@ -84,6 +86,11 @@ PROFILE_MISTAKES = {
     ),
     "no source": (("  source: generated\n", ""), "data:", "data.source: is missing"),
     "key of another source": (("  train: 30", "  train: a.jsonl"), "  train:", "data.train: "),
+    "a file named in the profile": (
+        ("source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", FILES),
+        "  train:",
+        "data.train: name it in params.yaml, as own.train, so that DVC sees when it changes",
+    ),
     "revision that can move": (
         ("source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", HUB),
         "  train:",
@@ -190,6 +197,11 @@ RUN_MISTAKES = {
         ("{per_question: 4", "{per_question: 0", "{per_question: 1", "{per_question: 0"),
         "preference:",
         "preference: correctness.per_question and coherence.per_question are both 0",
+    ),
+    "own path that is none": (
+        ("train: my.jsonl", "train: 5"),
+        "own:",
+        "own.train: input should be a valid string",
     ),
     "unknown policy": (
         ("policy: dpo", "policy: rl"),

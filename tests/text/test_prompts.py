@@ -28,7 +28,7 @@ CHAT = Prompt(
 class Characters:
     """A tokenizer with one token a character: 1 is <s>, 2 is </s>."""
 
-    eos_token_id = 2
+    eos_token, eos_token_id = "</s>", 2
 
     def __init__(self, bos: int | None = 1) -> None:
         self.bos_token_id = bos
@@ -96,3 +96,4 @@ def test_completion_ends_with_the_end_token() -> None:
     tokenizer = Characters()
     assert completion_ids(tokenizer, "ab") == [97, 98, 2]
     assert completion_ids(tokenizer, "ab", ended=False) == [97, 98]
+    assert completion_ids(tokenizer, f"ab{tokenizer.eos_token}\n") == [97, 98, 2]

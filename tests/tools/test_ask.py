@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ def test_length_by_option(workplace: Path) -> None:
 )
 def test_what_is_said_of_the_answer(reading: str, words: list[str]) -> None:
     assert list(ask._words(read_answer(reading, QUESTION))) == words
+
+
+def test_standard_input(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-` is the standard input. Bytes that are not UTF-8 are one line, there and on the command line."""
+
+    def given(words: bytes) -> str:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(words)))
+        return asked("-")
+
+    assert given(f"\ufeff{QUESTION}\n".encode()) == asked(QUESTION)
+    for call in (lambda: given(b"Ann's caf\xe9"), lambda: asked("Ann's caf\udce9")):
+        with pytest.raises(
+            UserError, match=r"^ask: the question is not text in UTF-8 \('utf-8' codec can't .*\)$"
+        ):
+            call()
 
 
 def test_mistakes(workplace: Path) -> None:

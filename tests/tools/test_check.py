@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from stages.launch import memory
 from stages.run.errors import UserError
@@ -32,6 +33,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("NVIDIA", "WINDOWS"):
         monkeypatch.setattr(check, name, tmp_path / "no-driver")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -90,11 +92,11 @@ def test_missing_files_are_all_listed(workplace: Path) -> None:
     change(
         workplace,
         "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1",
-        "source: files\n  train: no.jsonl\n  platinum: none.jsonl\n  valid: 5",
+        "source: files\n  valid: 5",
     )
     error, text = refusal()
-    assert error == "data.train no.jsonl: there is no such file (and 1 more above)"
-    assert "data.platinum none.jsonl" in text and text.count("OK") == 3
+    assert error == "own.train my.jsonl: there is no such file (and 1 more above)"
+    assert "own.platinum held.jsonl" in text and text.count("OK") == 3
 
 
 @pytest.mark.parametrize(
@@ -125,16 +127,24 @@ def test_scorer_is_read_not_run(workplace: Path) -> None:
         assert "OK" in output()
 
 
-def test_model_directory(workplace: Path) -> None:
-    """A folder that holds no model is found before the night."""
+def use_directory(workplace: Path) -> Path:
+    """Let the profile take the model from the folder `mine`."""
     text = (workplace / "profiles" / "small.yaml").read_text()
     built = text[text.index("model:\n") : text.index("prompt:\n")]
-    change(workplace, built, "model:\n  source: directory\n  path: mine\n  dtype: float32\n")
-    assert refusal()[0].startswith("model.path mine: holds no config.json")
-    (workplace / "mine").mkdir()
-    (workplace / "mine" / "config.json").write_text("{}")
-    text = output()
-    assert "model.path mine" in text and "mine/config.json: says no hidden_size" in text
+    change(workplace, built, "model:\n  source: directory\n  dtype: float32\n")
+    folder = workplace / "mine"
+    folder.mkdir()
+    return folder
+
+
+def test_model_directory(workplace: Path) -> None:
+    """A folder that holds no model, or a part of one, is found before the night."""
+    folder = use_directory(workplace)
+    assert refusal()[0].startswith(
+        "own.model mine: has no config.json; own.model must be a folder laid out as"
+    )
+    (folder / "config.json").write_text("{}")
+    assert refusal()[0].startswith("own.model mine: config.json cannot be read (")
 
 
 def test_chat_before_base_ran(workplace: Path) -> None:
@@ -183,7 +193,7 @@ def test_chat_without_template(workplace: Path) -> None:
     make_chat(workplace)
     save_base(workplace, None)
     assert refusal()[0].startswith(
-        "prompt.chat: is true, but the tokenizer in checkpoints/base has no chat template"
+        "prompt.chat: is true, but the tokenizer has no chat template; set chat: false"
     )
 
 
@@ -219,7 +229,8 @@ def test_no_torch(workplace: Path) -> None:
 # ---- Does it fit? --------------------------------------------------------------------------------------
 
 
-HUB = "model:\n  source: directory\n  path: mine\n  dtype: bfloat16\n"
+REVISION = "1" * 40
+HUB = f"model:\n  source: hub\n  id: me/mine\n  revision: '{REVISION}'\n  dtype: bfloat16\n"
 ABEL = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
     "intermediate_size": 14336, "vocab_size": 32032, "torch_dtype": "float32",
@@ -227,11 +238,12 @@ ABEL = {
 
 
 def use_abel(workplace: Path, **hardware: str) -> None:
-    """A 7B's config in a folder of one's own, and batches left to the estimate."""
+    """A 7B's config in the hub's cache, its weights not yet, and batches left to the estimate."""
     text = (workplace / "profiles" / "small.yaml").read_text()
     change(workplace, text[text.index("model:\n") : text.index("prompt:\n")], HUB)
-    (workplace / "mine").mkdir()
-    (workplace / "mine" / "config.json").write_text(json.dumps(ABEL))
+    folder = workplace / "cache" / "models--me--mine" / "snapshots" / REVISION
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(ABEL))
     values = {
         "per_device_batch": "auto",
         "generation_batch": "auto",

@@ -107,8 +107,9 @@ def test_logs_that_cannot_be_paired(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", [row(0, True), row(1, True)])
     for name, records, words in (
         ("twice", [row(5, True), row(6, True), row(5, False)], "lines 1 and 3 have the same id 'q5'"),
+        ("alike", [{"id": 5, "correct": 1}, {"id": "5", "correct": 0}], "lines 1 and 2 have the same id '5'; each may"),
         ("raw", [{"id": "q0", "completion": "#### 1"}], r"jsonl:1: not graded \(no field 'correct'\); run `python"),
-        ("other", [{"id": 0, "correct": True}], r"share no question id \(good has 'q0' and other has 0\)"),
+        ("other", [{"id": 0, "correct": True}], r"share no question id \(good has 'q0' and other has '0'\)"),
         ("nameless", [{"correct": True}], "jsonl:1: field 'id' is missing; fields found: 'correct'; name it with --id"),
         ("odd", [{"id": 1.5, "correct": True}], "odd.jsonl:1: field 'id' must be text or a whole number, found 1.5"),
         ("words", [{"id": "q0", "correct": "yes"}], "words.jsonl:1: field 'correct' must be true or false"),

@@ -14,12 +14,10 @@ import pytest
 
 from stages import coherence, preference
 from stages.regime_w import signals
-from stages.regime_w.scorer import QUESTION_FIELDS
 from stages.run.files import read_jsonl, write_jsonl
 from stages.run.params import load_params
 from stages.run.paths import SCORED
 from stages.tools import explain
-from stages.tools.show import find_record
 from tests.tools.screen import printed, words
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
@@ -70,7 +68,7 @@ def question(name: str, texts: list[str], tokens: int) -> dict[str, Any]:
 
 
 def picture(name: str = "ann", rollouts: Path = SCORED) -> dict[str, Any]:
-    return explain.explain(find_record(rollouts, name, QUESTION_FIELDS, "question"), rollouts, load_params())
+    return explain.explain(explain.find_question(rollouts, name), rollouts, load_params())
 
 
 def output(name: str = "ann", **options: Any) -> str:
@@ -166,7 +164,7 @@ def test_pairs_and_why_not_more(workplace: Path) -> None:
 
 
 def test_file_from_elsewhere(workplace: Path) -> None:
-    """Without any optional field: read, and said to be without scores. What is no number is shown as it is."""
+    """Without any optional field: read, and said to be without scores."""
     rows = [{"text": text} for text in TEXTS]
     record = {"id": "x", "question": "How many?", "gold": 10, "trajectories": rows}
     write_jsonl(Path("raw.jsonl"), [record])
@@ -177,10 +175,6 @@ def test_file_from_elsewhere(workplace: Path) -> None:
     text = output("x", rollouts=Path("raw.jsonl"))
     assert "score the file with `python -m stages coherence`" in text and "unchanged" in text
     assert "no number in digits" in text
-    odd = {"text": "1", "s_wm": "high", "reward": "much", "tokens": "many", "correct": 1, "answer": [1]}
-    write_jsonl(Path("raw.jsonl"), [{**record, "s_wm": "low", "suspicion": "big", "trajectories": [odd]}])
-    text = words(output("x", rollouts=Path("raw.jsonl")))
-    assert "s_wm low" in text and "s_wm high" in text and "tokens many" in text
     write_jsonl(Path("raw.jsonl"), [{**record, "trajectories": []}])
     assert "0 of 0 right" in output("x", rollouts=Path("raw.jsonl"))
 

@@ -74,9 +74,9 @@ def test_shapes_of_logs(record: dict[str, Any], fields: FieldNames) -> None:
 
 
 def test_the_question_tells_a_repeated_prompt_from_the_answer() -> None:
-    """Without the question, the prompt's own `#### 42` would be the answer."""
+    """Without the question, the `#### 42` of the prompt that comes again would be the answer."""
     question = "Say it as #### 42. How many eggs?"
-    record = {"completion": f"{question}\nShe has 13.\n#### 13", "gold": 13}
+    record = {"completion": f"She has 13.\n#### 13\n{question}", "gold": 13}
     assert grade.grade(record, FieldNames())["answer"] == "42"
     row = grade.grade({**record, "question": question}, FieldNames())
     assert (row["answer"], row["leak"]) == ("13", True)
@@ -111,6 +111,16 @@ def test_odd_values_survive(tmp_path: Path) -> None:
     shown(str(log), out=out)
     [row] = rows_of(out)
     assert (row["completion"], row["loss"], row["correct"]) == ("\ud800 #### 1", None, True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen"),
+    [(30, 30), ("30", 30), ([5, 6, 7], 3), (True, None), ({"prompt": 9}, None), (None, None)],
+)
+def test_tokens_are_read_as_in_rollouts(tokens: object, seen: int | None) -> None:
+    """What is no number of tokens is left as it is: the field may be about something else."""
+    row = grade.grade({"completion": "#### 1", "gold": 1, "tokens": tokens}, FieldNames())
+    assert row.get("tokens") == seen
 
 
 # --- metrics

@@ -80,12 +80,13 @@ def test_sample(file: Path) -> None:
 
 
 def test_files_from_elsewhere(tmp_path: Path) -> None:
-    """What is no number is shown as it is; line ends are not marked."""
+    """Optional fields may be absent, and numbers may be text; line ends are not marked."""
     texts = {"prompt": "Why?", "chosen": "a b\nx", "rejected": "a c d\nx\n\nend"}
-    odd = {"margin": "big", "chosen_signals": {}, "rejected_signals": {"s_wm": "x"}, "chosen_tokens": "many"}
-    write_jsonl(tmp_path / "odd.jsonl", [pair(0, **texts, **odd)])
-    text = printed(pairs.main, tmp_path / "odd.jsonl")
-    assert "margin big" in text and re.search(r"s_wm +– +x", text) and "tokens" not in text
+    odd = {"margin": None, "chosen_signals": {}, "rejected_signals": {"s_wm": "0.5"}, "chosen_tokens": None}
+    write_jsonl(tmp_path / "odd.jsonl", [pair(0, **texts, **odd, question_id=7, rejected_reward="0.25")])
+    text = printed(pairs.main, tmp_path / "odd.jsonl", question="7")
+    assert "margin –" in text and re.search(r"s_wm +– +0\.500", text) and "tokens" not in text
+    assert re.search(r"reward +1\.250 +0\.250", text)
     assert re.search(r"a \[b\] +a \[c d\]", text)
     assert re.search(r"^ +\[end\]", text, re.MULTILINE) and text.count("[") == 3
 
@@ -95,7 +96,10 @@ def test_files_from_elsewhere(tmp_path: Path) -> None:
     [
         ({}, {"question": "q5"}, "holds no pairs from question 'q5'; `python -m stages explain` says why"),
         ({}, {"kind": "coherence"}, "holds no pairs of kind coherence"),
-        ({"chosen": 3}, {}, ":1: field 'chosen' must be str"),
+        ({"chosen": 3}, {}, "bad.jsonl:1: pair 'q0/0>3': field 'chosen' must be text, found 3"),
+        ({"margin": "big"}, {}, ":1: pair 'q0/0>3': field 'margin' must be a number, found \"big\""),
+        ({"chosen_signals": {"s_wm": True}}, {}, "'q0/0>3', chosen_signals: field 's_wm' must be a number"),
+        ({"rejected_signals": None}, {}, "'q0/0>3', rejected_signals: an object is wanted, found null"),
     ],
 )
 def test_bad_input(tmp_path: Path, record: dict[str, Any], options: dict[str, Any], said: str) -> None:
@@ -103,6 +107,14 @@ def test_bad_input(tmp_path: Path, record: dict[str, Any], options: dict[str, An
     with pytest.raises(UserError) as error:
         printed(pairs.main, tmp_path / "bad.jsonl", **options)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_id_that_is_there_twice(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [pair(0), pair(1), pair(0)])
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl: lines 1 and 3 have the same id 'q0/0>3'; each may be there"
+    ):
+        printed(pairs.main, tmp_path / "bad.jsonl")
 
 
 def test_one_line_of_a_long_text() -> None:

@@ -109,9 +109,8 @@ def test_planted(file: Path) -> None:
     ("change", "said"),
     [
         ({"suspicion": None}, "'x' has no suspicion; score the file with `python -m stages coherence`"),
-        ({"suspicion": True}, "question 'x' has no suspicion"),
-        ({"trajectories": [{"text": None}]}, "question 'x': trajectory 0 needs a field 'text'"),
-        ({"trajectories": 7}, ":1: field 'trajectories' must be list"),
+        ({"suspicion": True}, ":1: question 'x': field 'suspicion' must be a number, found true"),
+        ({"gold": "ten"}, "question 'x': its gold 'ten' is no number"),
     ],
 )
 def test_bad_input(file: Path, change: dict[str, Any], said: str) -> None:
