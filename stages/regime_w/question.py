@@ -73,7 +73,7 @@ _STANDS_FOR: dict[str, tuple[Number, ...]] = {
 _WORDS = {word: values for words, values in _STANDS_FOR.items() for word in words.split()}
 _VULGAR = {"½": HALF, "¼": QUARTER, "¾": 3 * QUARTER, "⅓": THIRD, "⅔": 2 * THIRD, "⅛": Fraction(1, 8)}
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+|\.[0-9]++"
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++"
 _TOKEN = re.compile(rf"(?P<number>{_DIGITS})|(?P<word>[A-Za-z]++)|(?P<sign>[%$½¼¾⅓⅔⅛])")
 _FRACTION = re.compile(rf"\s?[/⁄]\s?({_DIGITS})")
 # A number that stands so is not plainly a number: part of a fraction, a range, a time, an ordinal, a name, a scale.
