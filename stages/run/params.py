@@ -24,6 +24,9 @@ Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(gt=0, le=5)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Changed = Literal[
+    "one", "all", "none"
+]  # twins of a Platinum question: one, one for each of its numbers, none
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a full commit hash, so that it cannot move
 
 
@@ -191,6 +194,7 @@ class GeneratedData(Section):
     train: Positive
     valid: Positive
     platinum: Positive
+    changed: Changed
     wrong_labels: Share
 
 
@@ -209,6 +213,7 @@ class HubData(Section):
     source: Literal["hub"]
     train: HubDataset
     platinum: HubDataset
+    changed: Changed
     valid: Positive
 
 
@@ -221,6 +226,7 @@ class FilesData(Section):
     source: Literal["files"]
     train: str
     platinum: str
+    changed: Changed
     valid: Positive
 
 

@@ -18,6 +18,7 @@ PROBLEMS = Path("data/gsm8k")
 TRAIN = PROBLEMS / "train.jsonl"
 VALID = PROBLEMS / "valid.jsonl"
 PLATINUM = PROBLEMS / "platinum.jsonl"
+CHANGED = PROBLEMS / "changed.jsonl"  # twins of Platinum's questions
 ROLLOUTS = Path("data/rollouts.jsonl")
 SCORED = Path("data/regime_w_rollouts.jsonl")
 PAIRS = Path("data/coherence_preferences.jsonl")
