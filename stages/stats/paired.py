@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.run.errors import UserError
+from stages.stats.changed import questions_right, twins_right
 from stages.stats.one import Row, bootstrap_interval, count_right, interval_keys, one_size, samples_of
 
 ALPHA = 0.05
 POWER = 0.8
 SHARES = 720_720  # divides by every number up to 16
+CHANGED_KEYS = ("difference", "difference_low", "difference_high", "p", "smallest_visible", "verdict")
 SAME = "no difference can be seen: every question scored the same"
 
 
@@ -246,3 +248,36 @@ def compare_sides(
         "mean_smallest_visible": mean_visible,
         "mean_verdict": conclusion(difference, mean_p, mean_visible, name_a, name_b) if steps.any() else SAME,
     }
+
+
+def compare_changed(
+    a_rows: Sequence[Row], b_rows: Sequence[Row], names: tuple[str, str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """The paired comparison of two policies, b minus a, by `changed` and by `both`; nothing without shared twins.
+
+    With one twin a question `p` is that of the exact McNemar test, with several that of the sign-flip test, which is
+    the same for shares of a question.
+    """
+    index = {row["id"]: row for row in a_rows if row.get("twins")}
+    pairs = [(index[row["id"]], row) for row in b_rows if row.get("twins") and row["id"] in index]
+    pairs = [
+        (a, b) for a, b in pairs if [twin["id"] for twin in a["twins"]] == [twin["id"] for twin in b["twins"]]
+    ]
+    if not pairs:
+        return {}
+    single = all(len(a["twins"]) == 1 for a, _ in pairs)
+    found = []
+    for rows in ([a for a, _ in pairs], [b for _, b in pairs]):
+        twins = twins_right(rows)
+        found.append({"changed": twins, "both": questions_right(rows) * twins})
+    out = {}
+    for name in ("changed", "both"):
+        before, after = found[0][name], found[1][name]
+        if single:
+            compared = compare_sides(
+                Side(before > 0, 0, 0, None), Side(after > 0, 0, 0, None), None, *names, seed
+            )
+        else:
+            compared = paired_rates(before, after, names, seed)
+        out[name] = {"questions": len(pairs), **{key: compared[key] for key in CHANGED_KEYS}}
+    return out
