@@ -24,7 +24,7 @@ from stages.run.paths import (
 )
 from stages.run.stage import stage_run
 from stages.stats.one import BOOTSTRAP_SEED, samples_in
-from stages.stats.paired import compare
+from stages.stats.paired import compare, compare_changed
 
 FIELDS: FieldTypes = {
     "id": str, "question": str, "gold": str, "completion": str, "answer": (str, type(None)), "correct": bool,
@@ -58,7 +58,10 @@ def main() -> None:
         # Each policy, and each pair of policies.
         policies = {name: read_json(PLATINUM_DETAILS / f"{name}.json") for name in rows}
         comparisons = {
-            f"{a}_to_{b}": compare(rows[a], rows[b], POLICIES[a], POLICIES[b], BOOTSTRAP_SEED)
+            f"{a}_to_{b}": {
+                **compare(rows[a], rows[b], POLICIES[a], POLICIES[b], BOOTSTRAP_SEED),
+                **compare_changed(rows[a], rows[b], (POLICIES[a], POLICIES[b]), BOOTSTRAP_SEED),
+            }
             for a, b in (("base", "sft"), ("sft", "dpo"), ("base", "dpo"))
             if a in rows and b in rows
         }

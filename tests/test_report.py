@@ -19,8 +19,9 @@ from stages import report
 from stages.page.table import print_results
 from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
+from stages.stats.changed import changed_metrics
 from stages.stats.one import BOOTSTRAP_SEED, summarise
-from stages.stats.paired import compare
+from stages.stats.paired import compare, compare_changed
 from stages.stats.vote import VoteSummary
 from tests.browser import CHROMIUM, Browser
 
@@ -63,7 +64,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
     write_jsonl(root / f"data/platinum_eval/{name}.jsonl", rows)
-    write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, seed=1))
+    write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, 1) | changed_metrics(rows, 1))
+
+
+def with_twins(policy: str) -> list[dict[str, Any]]:
+    """Every third question has no twin; the twin is right where the next question is."""
+    rows = rows_of(policy)
+    return [
+        row | {"twins": [{"id": f"{row['id']}~1", "correct": after["correct"]}] if i % 3 else []}
+        for i, (row, after) in enumerate(zip(rows, [*rows[1:], rows[0]], strict=True))
+    ]
 
 
 def put_votes(root: Path, name: str, **without: bool) -> dict[str, Any]:
@@ -189,6 +199,48 @@ def test_page_shows_the_votes(workplace: Path) -> None:
             assert words in section
     assert section.split('<th scope="row">both</th>')[1].count("<td>–</td>") == 3
     assert section.split('<th scope="row">s_<wbr>cf</th>')[1].split("</tr>")[0].count("<td>") == 9
+
+
+def test_twins_are_compared_and_shown(workplace: Path) -> None:
+    """In the comparison, on the page and in the table; without twins nothing of it is there."""
+    report.main()
+    assert 'id="twins"' not in (workplace / "report.html").read_text()
+    rows = {name: with_twins(name) for name in RATES}
+    for name in RATES:
+        put(workplace, name, rows[name])
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
+    paired = compare_changed(rows["sft"], rows["dpo"], ("SFT", "DPO"), BOOTSTRAP_SEED)
+    assert {name: made[name] for name in paired} == paired and paired["both"]["questions"] == 40
+    page = (workplace / "report.html").read_text()
+    section = page.split('<section id="twins">')[1].split("</section>")[0]
+    shown = table_text()
+    for name in RATES:
+        metrics = changed_metrics(rows[name], 1)
+        for key in ("changed", "both", "kept"):
+            assert f"<td>{100 * metrics[key]:.1f} %<" in section
+            assert f" {100 * metrics[key]:.1f} " in shown
+        assert f"<td>{100 * metrics['changed_drop']:+.1f} points<" in section
+    for one in paired.values():
+        assert f"<td>{100 * one['difference']:+.1f} points<" in section
+        assert f" {100 * one['difference']:+.1f} " in shown
+    assert "Twins of 40 questions, with one number changed, in percent" in shown
+
+
+def test_the_table_of_twins_fits(workplace: Path) -> None:
+    """Also when every figure is as wide as it can be."""
+    report.main()
+    step = {"difference": -0.5555, "p": 1e-9}
+    wide = {"changed": 1.0, "changed_low": 0.9961, "changed_high": 1.0, "both": 1.0, "kept": 1.0}
+    for name in RATES:
+        path = workplace / f"metrics/platinum_details/{name}.json"
+        write_json(path, json.loads(path.read_text()) | wide | {"changed_questions": 1209})
+    path = workplace / "metrics/comparison.json"
+    made = json.loads(path.read_text())
+    write_json(path, {key: value | {"changed": step, "both": step} for key, value in made.items()})
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("100.0 (99.6–100.0)   -55.5  <0.0001  100.0   -55.5  <0.0001  100.0") == 2
 
 
 def test_page_without_votes(workplace: Path) -> None:

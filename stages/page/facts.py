@@ -88,6 +88,9 @@ def page_facts(
         "votes": [
             _vote_facts(POLICIES[name], values) for name, values in votes.items() if values["questions"]
         ],
+        "twins": [
+            {"name": POLICIES[name], **values} for name, values in policies.items() if "changed" in values
+        ],
         "health_names": HEALTH,
         "limits": {"leak": LEAK_LIMIT, "truncated": TRUNCATED_LIMIT},
         "warnings": [w for name, values in policies.items() for w in health_warnings(values, POLICIES[name])],

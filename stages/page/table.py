@@ -72,6 +72,9 @@ def print_results(console: Console | None = None) -> None:
     votes = {name: vote for name, vote in votes.items() if vote["questions"]}
     if votes:
         console.print(_vote_table(votes))
+    twins = {name: metrics for name, metrics in policies.items() if "changed" in metrics}
+    if twins:
+        console.print(_changed_table(twins, comparisons))
     for line in words:
         console.print(escape(line), highlight=False)
     for line in warnings:
@@ -109,6 +112,33 @@ def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{100 * vote['control_difference']:+.1f}",
             f"{100 * vote[f'pass_at_{k}']:.1f}",
         )
+    return table
+
+
+def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]) -> Table:
+    """What each policy made of the twins, and what changed from the policy before it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    asked = max(metrics["changed_questions"] for metrics in policies.values())
+    title = f"Twins of {asked:,} questions, with one number changed, in percent"
+    tight = (0, 1, 0, 0)  # eight columns in 80
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=tight)
+    for number, name in enumerate(("policy", "twin (95 %)", "change", "p", "both", "change", "p", "kept")):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    before = ""
+    for name, metrics in policies.items():
+        step = comparisons.get(f"{before}_to_{name}", {})
+        changed, low, high = (100 * metrics[f"changed{end}"] for end in ("", "_low", "_high"))
+        table.add_row(
+            POLICIES[name],
+            f"{changed:.1f} ({low:.1f}–{high:.1f})",
+            *_change(step.get("changed", {}), "difference", "p"),
+            f"{100 * metrics['both']:.1f}",
+            *_change(step.get("both", {}), "difference", "p"),
+            f"{100 * metrics['kept']:.1f}" if "kept" in metrics else "",
+        )
+        before = name
     return table
 
 
