@@ -101,6 +101,9 @@ def test_row_counts_follow_the_parameters(small_run: Project) -> None:
         rows = rows_of(data / f"platinum_eval/{policy}.jsonl")
         assert [row["id"] for row in rows] == [row["id"] for row in rows_of(data / "gsm8k/platinum.jsonl")]
         assert all(len(row["samples"]) == params["evaluate"]["samples"] for row in rows)
+        twins = rows_of(data / "gsm8k/changed.jsonl")
+        asked = [(twin["id"], twin["question"], twin["gold"]) for row in rows for twin in row["twins"]]
+        assert asked == [(twin["id"], twin["question"], twin["gold"]) for twin in twins] != []
 
 
 def test_records_have_the_documented_fields_in_order(small_run: Project) -> None:
@@ -115,8 +118,10 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
     evaluated = rows_of(data / "platinum_eval/dpo.jsonl")[0]
     assert list(evaluated) == [
         "id", "question", "gold", "completion", "answer", "correct", "flexible_answer", "flexible_correct",
-        "tokens", "finish", "leak", "answers_found", "samples",
+        "tokens", "finish", "leak", "answers_found", "samples", "twins",
     ]  # fmt: skip
+    twin = next(twin for row in rows_of(data / "platinum_eval/dpo.jsonl") for twin in row["twins"])
+    assert list(twin) == ["id", "question", "gold", "completion", "answer", "correct", "tokens", "finish"]
     assert list(evaluated["samples"][0]) == ["completion", "answer", "correct", "tokens", "finish", "logprob"]
     pair = rows_of(data / "coherence_preferences.jsonl")[0]
     assert list(pair)[:13] == [
@@ -127,7 +132,9 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
 
 def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
     data = small_run.root / "data"
-    held_out = {row["question"] for row in rows_of(data / "gsm8k/platinum.jsonl")}
+    held_out = {
+        row["question"] for name in ("platinum", "changed") for row in rows_of(data / f"gsm8k/{name}.jsonl")
+    }
     trained = {
         row["question"] for split in ("train", "valid") for row in rows_of(data / f"gsm8k/{split}.jsonl")
     }
@@ -176,10 +183,17 @@ def test_metrics_show_is_a_readable_table(small_run: Project) -> None:
     lines = small_run.run("dvc", "metrics", "show", COLUMNS="200").stdout.splitlines()
     header = lines[0].split()
     assert header[0] == "Path"
-    assert {"accuracy", "accuracy_low", "accuracy_high", "mean_at_4", "maj_at_4", "coherent_at_4"} <= set(
-        header
-    )
-    assert len(header) <= 12, "more columns than a person can read"
+    assert {
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "mean_at_4",
+        "maj_at_4",
+        "coherent_at_4",
+        "changed",
+        "both",
+    } <= set(header)
+    assert len(header) <= 15, "more columns than a person can read"
     paths = [line.split()[0] for line in lines[1:]]
     for kind in ("platinum", "vote"):
         assert {path for path in paths if kind in path} == {f"metrics/{kind}/{p}.json" for p in POLICIES}

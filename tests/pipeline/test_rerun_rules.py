@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
+EVALUATIONS = {"evaluate@base", "evaluate@sft", "evaluate@dpo"}
 VOTES = {"vote@base", "vote@sft", "vote@dpo"}
 AFTER_COHERENCE = {"preference", "dpo", "evaluate@dpo", "headline", "report"}
 
@@ -59,6 +60,7 @@ TINY = "profiles/tiny.yaml"
         ("params.yaml", "regime_w.vote", lambda _: "s_wm", VOTES),
         ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, {"preference"}),
         (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, {"rollout"}),
+        (TINY, "data.changed", lambda _: "all", {"prepare"}),
         (TINY, "dpo.beta", lambda x: x * 2, {"dpo"}),
         (TINY, "sft.lora.r", lambda x: x * 2, {"sft"}),
     ],
@@ -94,7 +96,10 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("stages/evaluate.py", {"evaluate@base", "evaluate@sft", "evaluate@dpo"}),
+        ("stages/evaluate.py", EVALUATIONS),
+        ("stages/regime_w/changed.py", {"prepare", "coherence", "preference", *VOTES}),
+        ("stages/stats/changed.py", {"report", *EVALUATIONS, *VOTES}),
+        ("stages/tiny/twins.py", {"prepare", "base"}),
         ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference", *VOTES}),
         ("stages/stats/vote.py", {"report", *VOTES}),
         ("stages/page/svg.py", {"report"}),
@@ -141,7 +146,10 @@ def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project,
     shutil.copytree(project.root / "stages/tiny/base", model)
     own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")} | {"model": "../model"}
     project.update("params.yaml", {"own": own})
-    data, base = {"source": "files", "valid": 3}, {"source": "directory", "dtype": "float32"}
+    data, base = (
+        {"source": "files", "changed": "one", "valid": 3},
+        {"source": "directory", "dtype": "float32"},
+    )
     project.update(TINY, {"data": data, "model": base})
     stages = ("prepare", "base")
     assert project.repro(*stages) == list(stages)
@@ -199,3 +207,15 @@ def test_another_signal_for_the_vote_reruns_the_votes_and_the_page(copy_run: Cal
     few = json.loads((project.root / "metrics/vote/sft.json").read_text())
     assert few["coherent_at_4"] == few["maj_at_4"]  # s_end is the majority
     assert project.status() == {}
+
+
+def test_other_twins_are_asked_and_nothing_is_trained_again(copy_run: Callable[[], Project]) -> None:
+    """Twins change no training data. Without any, the metrics have none of their figures."""
+    project = copy_run()
+    project.update(TINY, {"data.changed": "none"})
+    ran = set(project.repro())
+    assert {"prepare", *EVALUATIONS} <= ran <= {"prepare", *EVALUATIONS, *VOTES, "headline", "report"}
+    few = json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    assert "accuracy" in few and not {"changed", "both", "kept"} & set(few)
+    assert '"twins"' not in (project.root / "data/platinum_eval/sft.jsonl").read_text(encoding="utf-8")
+    assert 'id="twins"' not in (project.root / "report.html").read_text(encoding="utf-8")
