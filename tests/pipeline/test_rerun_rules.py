@@ -152,7 +152,7 @@ def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project,
     )
     project.update(TINY, {"data": data, "model": base})
     stages = ("prepare", "base")
-    assert project.repro(*stages) == list(stages)
+    assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     with (questions / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"question": "What is 5 - 3?", "answer": "#### 2"}\n')
@@ -160,7 +160,7 @@ def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project,
     status = project.status()
     changed = {stage: [*status[stage][0]["changed deps"]] for stage in stages}
     assert [Path(path).name for paths in changed.values() for path in paths] == ["train.jsonl", "model"]
-    assert project.repro(*stages) == list(stages)
+    assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     project.update("params.yaml", {"own.train": "../questions/none.jsonl"})
     failed = project.run("dvc", "repro", "prepare", check=False)
