@@ -27,7 +27,7 @@ from typing import Any
 from common import machine, make_workplace, new_parser, note, print_table
 
 from stages.run.files import write_jsonl
-from stages.tiny.problems import Problem, draw, mistaken
+from stages.tiny.problems import Problem, Style, draw, mistaken
 
 GROUP = 8
 OPENINGS = (
@@ -108,8 +108,8 @@ def told_groups(questions: int) -> Iterator[dict[str, Any]]:
         seen.add(key)
         name, trajectories = f"bench-{len(seen):06}", []
         for index, opening in enumerate(OPENINGS):
-            style = "plain" if index < 6 else "direct"
-            parts = [mistaken(one, style, rng, confused_share=0.3, slip_share=0.05) for one in pair]  # type: ignore[arg-type]
+            style: Style = "plain" if index < 6 else "changes"
+            parts = [mistaken(one, style, rng, 0.3, 0.3, 0.05) for one in pair]
             text = f"{opening}\n{told(pair, parts)}"
             logprob = (
                 -len(text) * logprobs.betavariate(2, 6) / 2
@@ -121,7 +121,7 @@ def told_groups(questions: int) -> Iterator[dict[str, Any]]:
                 "tokens": len(text) // 4,
             }
             trajectories.append({**trajectory, "logprob": logprob, "finish": "stop", "seed": index})
-        solution = told(pair, [one.answer for one in pair])
+        solution = told(pair, [one.solution("steps") for one in pair])
         yield {
             "id": name,
             "question": " ".join(story(one) for one in pair) + " What do both results add up to?",

@@ -45,6 +45,7 @@ app = typer.Typer(
     help="SFT → Regime W rollouts → preference pairs → DPO, measured on GSM8K Platinum.",
 )
 Policy = Literal["base", "sft", "dpo"]
+Vote = Literal["s_end", "s_path", "s_cf", "s_wm", "reach", "logprob", "both", "all"]
 STAGES, TOOLS = "Stages, in the order `dvc repro` runs them", "Tools"
 
 
@@ -104,6 +105,12 @@ def evaluate(policy: Annotated[Policy, typer.Argument(help="Whose answers.")]) -
     _stage("evaluate").main(policy)
 
 
+@app.command(rich_help_panel=STAGES)
+def vote(policy: Annotated[Policy, typer.Argument(help="Whose samples.")]) -> None:
+    """Let the samples of a policy vote for the answer by their coherence, without a model."""
+    _stage("vote").main(policy)
+
+
 _add_stage("headline", "Copy one policy's metrics to metrics/headline.json, for `dvc metrics diff`.")
 _add_stage("report", "Compare the policies and write report.html.")
 
@@ -160,13 +167,16 @@ def grade(
     gold: Annotated[str, typer.Option(help="Field of the right answer.")] = "gold",
     question: Annotated[str | None, typer.Option(help=r"Field of the question. \[default: question]")] = None,
     id: Annotated[str | None, typer.Option(help=r"Field of the question's id. \[default: id]")] = None,
+    samples: Annotated[str | None, typer.Option(help=r"Field of drawn texts. \[default: samples]")] = None,
+    vote: Annotated[Vote | None, typer.Option(help="Let the samples vote, weighted by this signal.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the graded log goes.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count bad lines and go on.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Grade a log of completions from anywhere, and print its metrics."""
     tool = _tool("grade")
-    tool.main(files, tool.FieldNames(completion, gold, question, id), out, skip_bad, as_json)
+    names = tool.FieldNames(completion, gold, question, id, samples)
+    tool.main(files, names, out, skip_bad, as_json, vote)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -175,13 +185,27 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Graded log, the one after.")],
     id: Annotated[str, typer.Option(help="Field of the question's id.")] = "id",
     correct: Annotated[str, typer.Option(help="Field of the verdict.")] = "correct",
+    vote: Annotated[
+        Vote | None, typer.Option(help="Compare what the samples elect, weighted by this signal.")
+    ] = None,
     show: Annotated[
         tuple[str, int] | None, typer.Option(help="Print some questions: gained or lost, and how many.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
 ) -> None:
     """Compare two graded logs of the same questions, with paired statistics."""
-    _tool("compare").main(a, b, id, correct, show, as_json)
+    _tool("compare").main(a, b, id, correct, show, as_json, vote)
+
+
+@app.command(rich_help_panel=TOOLS)
+def changed(
+    file: Annotated[Path, typer.Argument(help="JSONL questions with worked solutions.")],
+    out: Annotated[Path, typer.Option(help="Where the changed questions go.")],
+    every: Annotated[bool, typer.Option("--all", help="Change each number in turn, not one.")] = False,
+    seed: Annotated[int, typer.Option(help="Another seed, other numbers.")] = 0,
+) -> None:
+    """Make changed questions: one number is another, and the new answer follows from the solution."""
+    _tool("changed").main(file, out, "all" if every else "one", seed)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -195,9 +219,12 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help=r"Where it is cut. \[default: the evaluation's]")
     ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, max=1024, help="Draw so many, and let them vote by their coherence.")
+    ] = 1,
 ) -> None:
     """Put a question to a policy, and see its solution as it is written."""
-    _tool("ask").main(question, policy, temperature, seed, max_new_tokens)
+    _tool("ask").main(question, policy, temperature, seed, max_new_tokens, samples)
 
 
 @app.command(rich_help_panel=TOOLS)

@@ -42,7 +42,10 @@ def main(
     scorer = Path(load_params().regime_w.scorer)
     load_scorer(scorer)  # so that a wrong scorer is reported once, before any work
     with stage_run(
-        "coherence", sections=("regime_w",), inputs=[rollouts, scorer], outputs=[out, metrics, plots]
+        "coherence",
+        sections=("regime_w.scorer", "regime_w.weights", "regime_w.reward", "regime_w.suspect_from"),
+        inputs=[rollouts, scorer],
+        outputs=[out, metrics, plots],
     ) as run:
         if cores is None:
             cores = 1 if rollouts.stat().st_size < SMALL else usable_cores()

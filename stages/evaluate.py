@@ -1,14 +1,23 @@
-"""Evaluation on GSM8K Platinum: one greedy completion for each question, and `evaluate.samples` drawn ones.
+"""Evaluation on GSM8K Platinum: a greedy completion for each question and each twin, and `evaluate.samples` drawn ones.
 
 A row of data/platinum_eval/<policy>.jsonl:
 
     {"id": "platinum-00003", "question": "...", "gold": "10", "completion": "... #### 10", "answer": "10",
      "correct": true, "flexible_answer": "10", "flexible_correct": true, "tokens": 41, "finish": "stop",
-     "leak": false, "answers_found": 1, "samples": [{"completion": "...", "answer": "10", "correct": true, ...}]}
+     "leak": false, "answers_found": 1,
+     "twins": [{"id": "platinum-00003~2", "question": "...", "gold": "12", "completion": "... #### 12", "answer": "12",
+                "correct": true, "tokens": 40, "finish": "stop"}],
+     "samples": [{"completion": "...", "answer": "10", "correct": true, "tokens": 38, "finish": "stop",
+                  "logprob": -3.1}]}
+
+`twins` are the question's in data/gsm8k/changed.jsonl, perhaps none; with `data.changed: none` no row has the field.
+
+`logprob` is the summed log-probability of the completion at temperature 1, as in data/rollouts.jsonl.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from stages.engine.open import open_engine
@@ -17,9 +26,18 @@ from stages.policy.complete import complete
 from stages.policy.context import Model, base_context, refuse_long
 from stages.policy.request import Request, request_seed
 from stages.run.files import read_jsonl, write_json, write_jsonl
-from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, PLATINUM_METRICS
+from stages.run.paths import (
+    ADAPTERS,
+    BASE,
+    CHANGED,
+    PLATINUM,
+    PLATINUM_DETAILS,
+    PLATINUM_EVAL,
+    PLATINUM_METRICS,
+)
 from stages.run.process import fix_arithmetic
 from stages.run.stage import stage_run
+from stages.stats.changed import changed_metrics
 from stages.stats.one import summarise
 from stages.text.prompts import prompt_ids
 from stages.text.verdict import sample_verdict, verdict
@@ -34,17 +52,19 @@ def main(policy: str) -> None:
         "evaluate",
         variant=policy,
         sections=("evaluate", "prompt", "seed"),
-        inputs=[PLATINUM, BASE, *([adapter] if adapter else [])],
+        inputs=[PLATINUM, CHANGED, BASE, *([adapter] if adapter else [])],
         outputs=[rows_file, metrics_file, details_file],
     ) as run:
         spec, seed = run.params.evaluate, run.params.seed
         fix_arithmetic(run.params.hardware.threads, seed)
         problems = list(read_jsonl(PLATINUM, {"id": str, "question": str, "gold": str}))
+        changed = list(read_jsonl(CHANGED, {"id": str, "of": str, "question": str, "gold": str}))
 
-        # One request for the greedy answer, one for each sample.
+        # One request for the greedy answer, one for each sample, one for each twin.
         tokenizer = load_tokenizer()
         model = Model(tokenizer, base_context(), run.params.prompt)
-        refuse_long(PLATINUM, problems, [(None, None)], model, "evaluate.max_new_tokens", spec.max_new_tokens)
+        for path, asked in ((PLATINUM, problems), (CHANGED, changed)):
+            refuse_long(path, asked, [(None, None)], model, "evaluate.max_new_tokens", spec.max_new_tokens)
         requests = []
         for problem in problems:
             prompt = tuple(prompt_ids(tokenizer, run.params.prompt, problem["question"]))
@@ -54,6 +74,9 @@ def main(policy: str) -> None:
                 requests.append(
                     Request(name, prompt, spec.max_new_tokens, spec.temperature, spec.top_p, own_seed)
                 )
+        for twin in changed:
+            prompt = tuple(prompt_ids(tokenizer, run.params.prompt, twin["question"]))
+            requests.append(Request(f"{twin['id']}/greedy", prompt, spec.max_new_tokens))
 
         # Generation, journalled.
         with run.journal() as journal:
@@ -67,17 +90,25 @@ def main(policy: str) -> None:
 
         # Verdicts and metrics.
         rows = [build_row(problem, completions, spec.samples) for problem in problems]
+        if changed:
+            twins = defaultdict(list)
+            for twin in changed:
+                twins[twin["of"]].append(build_twin(twin, completions))
+            rows = [{**row, "twins": twins[row["id"]]} for row in rows]
         write_jsonl(rows_file, rows)
-        metrics = summarise(rows, seed)
+        metrics = summarise(rows, seed) | changed_metrics(rows, seed)
         write_json(details_file, metrics)
-        write_json(metrics_file, {name: metrics[name] for name in headline_names(spec.samples)})
+        write_json(
+            metrics_file, {name: metrics[name] for name in headline_names(spec.samples) if name in metrics}
+        )
         run.finish(f"{metrics['accuracy']:.1%} of {len(rows):,} questions answered right")
 
 
 def headline_names(samples: int) -> list[str]:
     """The few metrics that `dvc metrics show` prints as a table; all others are in metrics/platinum_details/."""
     drawn = [f"mean_at_{samples}", f"maj_at_{samples}", f"pass_at_{samples}"] if samples else []
-    return ["accuracy", "accuracy_low", "accuracy_high", "flexible", *drawn, "truncated", "leak"]
+    twins = ["changed", "both", "kept"]
+    return ["accuracy", "accuracy_low", "accuracy_high", "flexible", *drawn, *twins, "truncated", "leak"]
 
 
 def build_row(
@@ -95,7 +126,19 @@ def build_row(
                 **sample_verdict(one["text"], gold, question),
                 "tokens": one["tokens"],
                 "finish": one["finish"],
+                "logprob": one["logprob"],
             }
             for one in drawn
         ]
     return row
+
+
+def build_twin(twin: dict[str, Any], completions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One twin of a question, with its graded greedy answer."""
+    greedy = completions[f"{twin['id']}/greedy"]
+    return {
+        **{name: twin[name] for name in ("id", "question", "gold")},
+        **sample_verdict(greedy["text"], twin["gold"], twin["question"]),
+        "tokens": greedy["tokens"],
+        "finish": greedy["finish"],
+    }

@@ -33,7 +33,7 @@ def main(metrics: Path = PLATINUM_METRICS, out: Path = HEADLINE, plot: Path = HE
             f"{source}: is missing, so headline.policy '{policy}' cannot be shown (evaluated: {there}); "
             f"run `dvc repro evaluate@{policy}`"
         )
-    with stage_run("headline", sections=("headline",), inputs=[source], outputs=[out, plot]) as run:
+    with stage_run("headline", sections=("headline.policy",), inputs=[source], outputs=[out, plot]) as run:
         values = read_json(source)
         if not isinstance(values, dict) or not isinstance(values.get("accuracy"), float):
             raise UserError(f"{source}: holds no 'accuracy'; run `dvc repro evaluate@{policy}`")

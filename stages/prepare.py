@@ -2,11 +2,13 @@
 
     {"id": "train-00017", "question": "Ann has 3 bags ...", "solution": "... #### 10", "gold": "10"}
 
+`changed.jsonl` beside them holds twins of Platinum's questions: one number is another one (docs/changed-questions.md).
+
 An id is the row's place in its source, so it does not change when cleaning drops other rows. A question that occurs
-twice is kept once. A training question that is also in Platinum (all of it, or 13 words in a row) is removed. Every
-removal is counted in `metrics/data.json`, and so are rows with HTML entities (`&amp;`), which are kept as they are. A
-generated row with a deliberately wrong answer (`data.wrong_labels`) has `planted: true`. No stage learns from that
-field. It only serves to measure how well suspect labels are found.
+twice is kept once. A training question that is also in Platinum (all of it, or 13 words in a row) is removed. A
+twin that is also in train or valid is removed itself, so that twins change nothing else. Every removal is counted in
+`metrics/data.json`, and so are rows with HTML entities (`&amp;`), which are kept. A generated row with a deliberately
+wrong answer (`data.wrong_labels`) has `planted: true`, to measure how well suspect labels are found.
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from stages.regime_w.changed import ChangeCounts, changed_rows
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder, write_json, write_jsonl
 from stages.run.params import FilesData, GeneratedData, HubData, HubDataset, load_params
 from stages.run.paths import DATA_METRICS, PROBLEMS
 from stages.run.stage import stage_run
-from stages.text.rows import GRAM, Cleaner, Overlap, Row, checked_row, entity
+from stages.text.rows import GRAM, Cleaner, Overlap, Row, apart, checked_row, entity
 from stages.text.sources import FORMATS, read_source
 from stages.tiny.problems import Split, labelled
+from stages.tiny.twins import generated_twins
+
+Source = GeneratedData | HubData | FilesData
 
 
 def main() -> None:
-    """Read, check, clean and write all three splits. Raises UserError for an unusable row or source."""
+    """Read, check, clean and write all splits. Raises UserError for an unusable row or source."""
     data = load_params().data
     inputs = [Path(data.train), Path(data.platinum)] if isinstance(data, FilesData) else []
     for path in inputs:
@@ -57,10 +64,8 @@ def main() -> None:
         run.finish(f"{sizes}; removed: {what}")
 
 
-def make_splits(
-    data: GeneratedData | HubData | FilesData, seed: int
-) -> tuple[dict[str, list[Row]], dict[str, int], list[str]]:
-    """The rows of train, valid and platinum, the counts for `metrics/data.json`, and the places of HTML entities.
+def make_splits(data: Source, seed: int) -> tuple[dict[str, list[Row]], dict[str, Any], list[str]]:
+    """The rows of all four files, the counts for `metrics/data.json`, and the places of HTML entities.
 
     The generator makes as many rows as are wanted; from other sources, `data.valid` rows are taken out of train. Train
     and valid are counted together. Raises UserError for an unusable row, or when too few rows are left.
@@ -86,7 +91,7 @@ def make_splits(
         chosen = pick_validation(rows, data.valid, seed)
         train = [row for row in rows if row["id"] not in chosen]
         valid = [row for row in rows if row["id"] in chosen]
-    counts = {
+    counts: dict[str, Any] = {
         "train": len(train),
         "valid": len(valid),
         "platinum": len(platinum),
@@ -102,7 +107,12 @@ def make_splits(
         counts["planted_wrong_labels"] = sum(row.get("planted", False) for row in train)
     else:
         counts["html_entities"] = len(entities)
-    return {"train": train, "valid": valid, "platinum": platinum}, counts, entities
+    changed = ChangeCounts()
+    drawn = list(_twins(data, platinum, seed, changed))
+    twins = apart(drawn, [*train, *valid])
+    if data.changed != "none":
+        counts["changed"] = {**changed.metrics(), "overlap_train": len(drawn) - len(twins)}
+    return {"train": train, "valid": valid, "platinum": platinum, "changed": twins}, counts, entities
 
 
 def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
@@ -115,6 +125,14 @@ def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
         return hashlib.sha256(f"{seed}/{identity}".encode()).digest()
 
     return set(sorted((row["id"] for row in rows), key=rank)[:count])
+
+
+def _twins(data: Source, platinum: list[Row], seed: int, counts: ChangeCounts) -> Iterator[Row]:
+    if data.changed == "none":
+        return iter(())
+    if isinstance(data, GeneratedData):
+        return generated_twins([row["id"] for row in platinum], "platinum", 0, data.changed, seed, counts)
+    return changed_rows(platinum, data.changed, seed, counts)
 
 
 def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[Row]:

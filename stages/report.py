@@ -13,10 +13,18 @@ from stages.page.facts import SUMMARIES, TABLES, page_facts
 from stages.page.render import render
 from stages.run.errors import UserError
 from stages.run.files import FieldTypes, atomic_write, read_json, read_jsonl, write_json
-from stages.run.paths import COMPARISON, PAGE, PLATINUM_DETAILS, PLATINUM_EVAL, POLICIES, POLICY_PLOT
+from stages.run.paths import (
+    COMPARISON,
+    PAGE,
+    PLATINUM_DETAILS,
+    PLATINUM_EVAL,
+    POLICIES,
+    POLICY_PLOT,
+    VOTE_DETAILS,
+)
 from stages.run.stage import stage_run
 from stages.stats.one import BOOTSTRAP_SEED, samples_in
-from stages.stats.paired import compare
+from stages.stats.paired import compare, compare_changed
 
 FIELDS: FieldTypes = {
     "id": str, "question": str, "gold": str, "completion": str, "answer": (str, type(None)), "correct": bool,
@@ -36,7 +44,9 @@ def main() -> None:
     if not evaluated:
         raise UserError(f"{PLATINUM_EVAL}: holds no base.jsonl, sft.jsonl or dpo.jsonl; run `dvc repro`")
     details = [PLATINUM_DETAILS / f"{name}.json" for name in evaluated]
-    more = [path for path in (*SUMMARIES, *TABLES) if path.is_file()]
+    voted = {name: VOTE_DETAILS / f"{name}.json" for name in evaluated}
+    voted = {name: path for name, path in voted.items() if path.is_file()}
+    more = [*voted.values(), *(path for path in (*SUMMARIES, *TABLES) if path.is_file())]
     with stage_run(
         "report",
         sections=(),
@@ -48,7 +58,10 @@ def main() -> None:
         # Each policy, and each pair of policies.
         policies = {name: read_json(PLATINUM_DETAILS / f"{name}.json") for name in rows}
         comparisons = {
-            f"{a}_to_{b}": compare(rows[a], rows[b], POLICIES[a], POLICIES[b], BOOTSTRAP_SEED)
+            f"{a}_to_{b}": {
+                **compare(rows[a], rows[b], POLICIES[a], POLICIES[b], BOOTSTRAP_SEED),
+                **compare_changed(rows[a], rows[b], (POLICIES[a], POLICIES[b]), BOOTSTRAP_SEED),
+            }
             for a, b in (("base", "sft"), ("sft", "dpo"), ("base", "dpo"))
             if a in rows and b in rows
         }
@@ -56,7 +69,9 @@ def main() -> None:
         write_policies(policies)
 
         # The page.
-        facts = page_facts(policies, comparisons, rows)
+        facts = page_facts(
+            policies, comparisons, rows, {name: read_json(path) for name, path in voted.items()}
+        )
         with atomic_write(PAGE) as file:
             file.write(render(facts))
         for warning in [*facts["warnings"], *facts["disagreements"]]:

@@ -49,6 +49,7 @@ def files(
         source="files",
         train=write_rows(tmp_path / "train.jsonl", train),
         platinum=write_rows(tmp_path / "test.jsonl", platinum),
+        changed="one",
         valid=valid,
     )
 
@@ -61,7 +62,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FILES = "  source: files\n  valid: 2\n"  # tests/small/params.yaml names my.jsonl and held.jsonl
+FILES = (
+    "  source: files\n  changed: one\n  valid: 2\n"  # tests/small/params.yaml names my.jsonl and held.jsonl
+)
 
 
 def set_data(workplace: Path, text: str) -> None:
@@ -79,6 +82,7 @@ def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None
     folder = workplace / "data" / "gsm8k"
     rows = {name: list(read_jsonl(folder / f"{name}.jsonl")) for name in ("train", "valid", "platinum")}
     assert {name: len(part) for name, part in rows.items()} == {"train": 30, "valid": 5, "platinum": 20}
+    twins = list(read_jsonl(folder / "changed.jsonl"))
     for name, part in rows.items():
         for row in part:
             fields = ["id", "question", "solution", "gold"]
@@ -86,8 +90,12 @@ def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None
             assert row["id"].startswith(f"{name}-") and row["solution"].endswith(f"#### {row['gold']}")
     metrics = read_json(workplace / "metrics" / "data.json")
     assert metrics["train"] == 30 and metrics["platinum"] == 20
+    changed = metrics.pop("changed")
     assert all(isinstance(value, int) for value in metrics.values())
-    assert len(read_json(folder / "manifest.json")["outputs"]) == 4
+    assert changed["questions"] == 20 and changed["twins"] - changed["overlap_train"] == len(twins) > 10
+    assert sum(changed["refused"].values()) == 20 - changed["with_twin"]
+    assert {twin["of"] for twin in twins} <= {row["id"] for row in rows["platinum"]}
+    assert len(read_json(folder / "manifest.json")["outputs"]) == 5
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "stale.jsonl").write_text("left over")
@@ -199,9 +207,43 @@ def test_platinum_is_never_thinned_by_train(tmp_path: Path) -> None:
     assert counts["platinum"] == 10 and counts["overlap_exact"] == 10 and counts["train"] == 8
 
 
+def worked(n: int) -> dict[str, str]:
+    return {
+        "question": f"Ann has {n} bags of 7 red apples. How many red apples does Ann have in all?",
+        "answer": f"<<{n}*7={7 * n}>>{7 * n}\n#### {7 * n}",
+    }
+
+
+def test_twins_of_ones_own_questions(tmp_path: Path) -> None:
+    """One a question, or one for each number, or none; the other splits stay as they are."""
+    made = {}
+    for change in ("one", "all", "none"):
+        source = files(tmp_path, rows_of(9), [worked(20), worked(40)]).model_copy(update={"changed": change})
+        made[change] = make_splits(source, 1)
+    sizes = {change: len(splits["changed"]) for change, (splits, *_) in made.items()}
+    assert sizes == {"one": 2, "all": 4, "none": 0}
+    twin = made["one"][0]["changed"][0]
+    assert twin["of"] == "platinum-00000" and twin["question"] != worked(20)["question"]
+    assert "changed" not in made["none"][1] and made["all"][1]["changed"]["twins"] == 4
+    assert all(splits | {"changed": []} == made["none"][0] for splits, *_ in made.values())
+
+
+@pytest.mark.parametrize("more", ["", " Say it."], ids=["all of it", "13 words"])
+def test_a_twin_that_is_a_training_question_is_removed(tmp_path: Path, more: str) -> None:
+    """The training question stays, so that twins never change what is trained on."""
+    asked = worked(20) | {"question": "Ann has 20 bags of 7 red apples. How many apples are there?"}
+    (twin,) = make_splits(files(tmp_path, rows_of(9), [asked]), 1)[0]["changed"]
+    training = [*rows_of(9), {"question": twin["question"] + more, "answer": "#### 1"}]
+    splits, counts, _ = make_splits(files(tmp_path, training, [asked]), 1)
+    assert len(splits["train"]) + len(splits["valid"]) == 10
+    assert splits["changed"] == [] and counts["changed"]["overlap_train"] == 1
+
+
 def test_generated_splits_are_full_and_apart() -> None:
     """Generated train and valid are topped up after what was removed; nothing removable is left in them."""
-    data = GeneratedData(source="generated", train=300, valid=60, platinum=400, wrong_labels=0.1)
+    data = GeneratedData(
+        source="generated", train=300, valid=60, platinum=400, changed="one", wrong_labels=0.1
+    )
     splits, counts, _ = make_splits(data, 17)
     assert [len(splits[name]) for name in ("train", "valid", "platinum")] == [300, 60, 400]
     held_out = Cleaner(Overlap(splits["platinum"]))
@@ -213,7 +255,9 @@ def test_wrong_labels_are_planted_in_train_alone() -> None:
     """About the share asked for, marked, with another answer; every other row is as it would be without."""
     made = {}
     for share in (0.0, 0.1):
-        source = GeneratedData(source="generated", train=300, valid=60, platinum=60, wrong_labels=share)
+        source = GeneratedData(
+            source="generated", train=300, valid=60, platinum=60, changed="one", wrong_labels=share
+        )
         made[share], counts, _ = make_splits(source, 17)
     planted = [row["id"] for row in made[0.1]["train"] if row.get("planted")]
     assert counts["planted_wrong_labels"] == len(planted) and 15 <= len(planted) <= 45
@@ -242,6 +286,7 @@ def hub(train: str, platinum: str, config: str = "main") -> HubData:
         source="hub",
         train=HubDataset(id=train, config=config, split="train", revision=REVISION),
         platinum=HubDataset(id=platinum, config="main", split="test", revision=REVISION),
+        changed="one",
         valid=2,
     )
 
@@ -285,7 +330,7 @@ def test_unreachable_hub_is_one_line(workplace: Path) -> None:
     set_data(
         workplace,
         f"  source: hub\n  train: {{id: openai/gsm8k, {source}}}\n"
-        f"  platinum: {{id: madrylab/gsm8k-platinum, {source}}}\n  valid: 2\n",
+        f"  platinum: {{id: madrylab/gsm8k-platinum, {source}}}\n  changed: one\n  valid: 2\n",
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "hf"), "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-m", "stages", "prepare"]
@@ -304,8 +349,12 @@ def test_unreachable_hub_is_one_line(workplace: Path) -> None:
 def test_real_gsm8k() -> None:
     """No duplicates, four training questions share 13 words with Platinum, and Platinum is kept out of training."""
     platinum = str(REAL / "gsm8k_platinum" / "test.jsonl")
-    data = FilesData(source="files", train=str(REAL / "gsm8k" / "train.jsonl"), platinum=platinum, valid=300)
+    data = FilesData(
+        source="files", train=str(REAL / "gsm8k" / "train.jsonl"), platinum=platinum, changed="one", valid=300
+    )
     splits, counts, _ = make_splits(data, 17)
+    changed = counts.pop("changed")
+    assert (changed["with_twin"], changed["overlap_train"], len(splits["changed"])) == (725, 0, 725)
     assert counts == {
         "train": 7169, "valid": 300, "platinum": 1209, "read_train": 7473, "read_platinum": 1209,
         "duplicates_train": 0, "duplicates_platinum": 0, "conflicting_golds": 0, "overlap_exact": 0,
@@ -313,7 +362,9 @@ def test_real_gsm8k() -> None:
     }  # fmt: skip
     assert splits["platinum"][0]["gold"] == "18"
     # All of Platinum is in GSM8K's test set: given as training data, its 1,209 questions are removed.
-    data = FilesData(source="files", train=str(REAL / "gsm8k" / "test.jsonl"), platinum=platinum, valid=10)
+    data = FilesData(
+        source="files", train=str(REAL / "gsm8k" / "test.jsonl"), platinum=platinum, changed="one", valid=10
+    )
     _, counts, _ = make_splits(data, 17)
     assert counts["overlap_exact"] == 1209
     assert counts["train"] + counts["valid"] == 110 - counts["overlap_13gram"]

@@ -19,10 +19,14 @@ from typing import Any
 import pytest
 
 from stages import coherence, preference
+from stages.regime_w.voting import Voter
 from stages.run.files import read_json, read_jsonl, write_jsonl
+from stages.run.params import load_params
+from stages.stats.vote import VoteSummary
 
 REPO = Path(__file__).resolve().parents[1]
 REAL = REPO.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
+SHIPPED = REPO / "stages" / "regime_w" / "signals.py"
 pytestmark = pytest.mark.skipif(not REAL.is_file(), reason="the shared GSM8K files are not on this machine")
 
 
@@ -114,3 +118,29 @@ def test_sound_over_lucky(made: Made) -> None:
     assert signals.against(asked["s_end"], bar).startswith("does not beat length")
     assert signals.against(asked["s_path"], bar).startswith("does not beat length")
     assert asked["s_end"].auc == 0.5  # correct ones of a question share their answer
+
+
+def test_votes(made: Made) -> None:
+    """Reach elects better than the majority, by as much as the docs say; its weights shuffled, worse."""
+    voter = Voter(
+        load_params(REPO / "tests" / "small").regime_w.model_copy(update={"scorer": str(SHIPPED)}), "reach"
+    )
+    summary = VoteSummary("reach")
+    for record in made.records:
+        samples = [
+            {"completion": row["text"], "answer": row["answer"], "correct": row["correct"]}
+            for row in record["trajectories"]
+        ]
+        row = {"id": record["id"], "samples": samples}
+        summary.add(row, voter.weigh(record["question"], samples, record["id"]))
+    votes = summary.metrics()
+    assert votes["difference_low"] > 0.015 and votes["p"] < 1e-6
+    assert votes["control_difference_high"] < 0
+    docs = (REPO / "docs" / "regime-w.md").read_text(encoding="utf-8")
+    change, low, high = (100 * votes[f"difference{end}"] for end in ("", "_low", "_high"))
+    assert f"| **{change:+.1f}** ({low:+.1f} to {high:+.1f}) | {votes['p']:.0e}" in docs
+    assert f"(majority {100 * votes['maj_at_4']:.1f}, ceiling {100 * votes['pass_at_4']:.1f}; " in docs
+    for rule in ("s_path", "s_cf", "s_wm"):
+        one = votes["by"][rule]
+        change, low, high = (100 * one[f"difference{end}"] for end in ("", "_low", "_high"))
+        assert f"| {rule} | {change:+.1f} ({low:+.1f} to {high:+.1f}) | {one['p']:.2f} |" in docs

@@ -19,8 +19,10 @@ from stages import report
 from stages.page.table import print_results
 from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
+from stages.stats.changed import changed_metrics
 from stages.stats.one import BOOTSTRAP_SEED, summarise
-from stages.stats.paired import compare
+from stages.stats.paired import compare, compare_changed
+from stages.stats.vote import VoteSummary
 from tests.browser import CHROMIUM, Browser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -62,7 +64,26 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put(root: Path, name: str, rows: list[dict[str, Any]]) -> None:
     write_jsonl(root / f"data/platinum_eval/{name}.jsonl", rows)
-    write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, seed=1))
+    write_json(root / f"metrics/platinum_details/{name}.json", summarise(rows, 1) | changed_metrics(rows, 1))
+
+
+def with_twins(policy: str) -> list[dict[str, Any]]:
+    """Every third question has no twin; the twin is right where the next question is."""
+    rows = rows_of(policy)
+    return [
+        row | {"twins": [{"id": f"{row['id']}~1", "correct": after["correct"]}] if i % 3 else []}
+        for i, (row, after) in enumerate(zip(rows, [*rows[1:], rows[0]], strict=True))
+    ]
+
+
+def put_votes(root: Path, name: str, **without: bool) -> dict[str, Any]:
+    """The vote of a policy as its stage writes it, with weights made up here."""
+    summary, rng = VoteSummary("s_cf"), random.Random(name)
+    for row in rows_of(name):
+        weights = {rule: [rng.random() for _ in row["samples"]] for rule in ("s_end", "s_cf", "both")}
+        summary.add(row, {rule: values for rule, values in weights.items() if rule not in without})
+    write_json(root / f"metrics/vote_details/{name}.json", summary.metrics())
+    return summary.metrics()
 
 
 def add_everything(root: Path) -> None:
@@ -159,6 +180,77 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     verdict = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]["verdict"]
     assert f"SFT → DPO, greedy: {verdict}." in page.replace("\u00a0", " ")
     assert 'class="warn"' not in page
+
+
+def test_page_shows_the_votes(workplace: Path) -> None:
+    """A row a policy, and a row a signal; what one policy's samples could not be weighed by is a dash."""
+    votes = {name: put_votes(workplace, name) for name in ("base", "sft")}
+    put_votes(workplace, "dpo", both=True)
+    report.main()
+    page = (workplace / "report.html").read_text()
+    section = page.split('<section id="votes">')[1].split("</section>")[0]
+    assert "<h2>Votes of 4 samples</h2>" in section and '<a href="#votes">' in page
+    for vote in votes.values():
+        for key in ("maj_at_4", "coherent_at_4", "pass_at_4"):
+            assert f"<td>{100 * vote[key]:.1f} %" in section
+        for key in ("difference", "control_difference"):
+            low, high = 100 * vote[f"{key}_low"], 100 * vote[f"{key}_high"]
+            words = f'<td>{100 * vote[key]:+.1f} points<span class="soft">{low:+.1f} to {high:+.1f}</span>'
+            assert words in section
+    assert section.split('<th scope="row">both</th>')[1].count("<td>–</td>") == 3
+    assert section.split('<th scope="row">s_<wbr>cf</th>')[1].split("</tr>")[0].count("<td>") == 9
+
+
+def test_twins_are_compared_and_shown(workplace: Path) -> None:
+    """In the comparison, on the page and in the table; without twins nothing of it is there."""
+    report.main()
+    assert 'id="twins"' not in (workplace / "report.html").read_text()
+    rows = {name: with_twins(name) for name in RATES}
+    for name in RATES:
+        put(workplace, name, rows[name])
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]
+    paired = compare_changed(rows["sft"], rows["dpo"], ("SFT", "DPO"), BOOTSTRAP_SEED)
+    assert {name: made[name] for name in paired} == paired and paired["both"]["questions"] == 40
+    page = (workplace / "report.html").read_text()
+    section = page.split('<section id="twins">')[1].split("</section>")[0]
+    shown = table_text()
+    for name in RATES:
+        metrics = changed_metrics(rows[name], 1)
+        for key in ("changed", "both", "kept"):
+            assert f"<td>{100 * metrics[key]:.1f} %<" in section
+            assert f" {100 * metrics[key]:.1f} " in shown
+        assert f"<td>{100 * metrics['changed_drop']:+.1f} points<" in section
+    for one in paired.values():
+        assert f"<td>{100 * one['difference']:+.1f} points<" in section
+        assert f" {100 * one['difference']:+.1f} " in shown
+    assert "Twins of 40 questions, with one number changed, in percent" in shown
+
+
+def test_the_table_of_twins_fits(workplace: Path) -> None:
+    """Also when every figure is as wide as it can be."""
+    report.main()
+    step = {"difference": -0.5555, "p": 1e-9}
+    wide = {"changed": 1.0, "changed_low": 0.9961, "changed_high": 1.0, "both": 1.0, "kept": 1.0}
+    for name in RATES:
+        path = workplace / f"metrics/platinum_details/{name}.json"
+        write_json(path, json.loads(path.read_text()) | wide | {"changed_questions": 1209})
+    path = workplace / "metrics/comparison.json"
+    made = json.loads(path.read_text())
+    write_json(path, {key: value | {"changed": step, "both": step} for key, value in made.items()})
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("100.0 (99.6–100.0)   -55.5  <0.0001  100.0   -55.5  <0.0001  100.0") == 2
+
+
+def test_page_without_votes(workplace: Path) -> None:
+    """Not voted yet, or without samples."""
+    report.main()
+    assert 'id="votes"' not in (workplace / "report.html").read_text()
+    write_json(workplace / "metrics/vote_details/sft.json", {"questions": 0})
+    report.main()
+    assert 'id="votes"' not in (workplace / "report.html").read_text()
+    assert "elect" not in table_text()
 
 
 def test_page_of_one_policy(workplace: Path) -> None:
@@ -327,6 +419,18 @@ def test_table_says_it_all_in_80_columns(workplace: Path) -> None:
     assert "WARNING base: 100.0% of the completions were cut at the token limit" in text
     for place in ("report.html", "dvc metrics show", "dvc plots show"):
         assert place in text
+
+
+def test_table_of_the_votes(workplace: Path) -> None:
+    vote = put_votes(workplace, "sft")
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert "The answer that 4 samples elect, weighted by s_cf, in percent" in text
+    line = next(line for line in text.split("elect")[1].splitlines() if line.strip().startswith("SFT"))
+    keys = ("maj_at_4", "coherent_at_4", "difference", "control_difference", "pass_at_4")
+    found = [float(cell) for cell in re.findall(r"(?<![(–.\d])[+-]?\d+\.\d(?!\d)", line)]
+    assert found[:3] == [round(100 * vote[key], 1) for key in keys[:3]]
+    assert found[-2:] == [round(100 * vote[key], 1) for key in keys[3:]]
 
 
 def test_table_needs_only_the_metrics(workplace: Path) -> None:

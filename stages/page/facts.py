@@ -57,12 +57,15 @@ HEALTH = {
 
 
 def page_facts(
-    policies: Mapping[str, Row], comparisons: Mapping[str, Row], rows: Mapping[str, list[Row]]
+    policies: Mapping[str, Row],
+    comparisons: Mapping[str, Row],
+    rows: Mapping[str, list[Row]],
+    votes: Mapping[str, Row],
 ) -> dict[str, Any]:
     """Everything the page shows, as plain data for its template.
 
-    `policies` and `rows` are by policy, `comparisons` by "<a>_to_<b>". A table, metrics file or manifest that is not
-    there is left out. Raises UserError when a file is damaged.
+    `policies`, `rows` and `votes` are by policy, `comparisons` by "<a>_to_<b>". A table, metrics file or manifest that
+    is not there is left out. Raises UserError when a file is damaged.
     """
     titles = {key: " → ".join(POLICIES[name] for name in key.split("_to_")) for key in comparisons}
     # The last step first: people open the page to see whether DPO helped.
@@ -82,6 +85,12 @@ def page_facts(
             for key in order
         ],
         "comparisons": [{"title": titles[key], **comparisons[key]} for key in comparisons],
+        "votes": [
+            _vote_facts(POLICIES[name], values) for name, values in votes.items() if values["questions"]
+        ],
+        "twins": [
+            {"name": POLICIES[name], **values} for name, values in policies.items() if "changed" in values
+        ],
         "health_names": HEALTH,
         "limits": {"leak": LEAK_LIMIT, "truncated": TRUNCATED_LIMIT},
         "warnings": [w for name, values in policies.items() for w in health_warnings(values, POLICIES[name])],
@@ -128,6 +137,13 @@ def _policy_facts(name: str, values: Row) -> dict[str, Any]:
             if key in values
         },
     }
+
+
+def _vote_facts(name: str, values: Row) -> dict[str, Any]:
+    """One policy's vote, with the number of samples left out of the keys."""
+    k = values["samples"]
+    plain = {key.removesuffix(f"_at_{k}").replace(f"_at_{k}_", "_"): value for key, value in values.items()}
+    return {"name": name, **plain}
 
 
 def _policy_chart(policies: Mapping[str, Row]) -> str:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import UserError
 from stages.run.files import read_json
-from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES
+from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
 from stages.stats.one import health_warnings, samples_in
 from stages.stats.paired import p_words
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def print_results(console: Console | None = None) -> None:
@@ -67,6 +68,13 @@ def print_results(console: Console | None = None) -> None:
         before = name
 
     console.print(table)
+    votes = {name: read_json(path) for name in policies if (path := VOTE_DETAILS / f"{name}.json").is_file()}
+    votes = {name: vote for name, vote in votes.items() if vote["questions"]}
+    if votes:
+        console.print(_vote_table(votes))
+    twins = {name: metrics for name, metrics in policies.items() if "changed" in metrics}
+    if twins:
+        console.print(_changed_table(twins, comparisons))
     for line in words:
         console.print(escape(line), highlight=False)
     for line in warnings:
@@ -78,6 +86,60 @@ def print_results(console: Console | None = None) -> None:
         ("dvc plots show", "curves, arms, coherence"),
     ):
         console.print(f"  {command:<18}{what}", highlight=False)
+
+
+def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What the vote by coherence brought each policy, against the majority of the same samples."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    first = next(iter(votes.values()))
+    k = first["samples"]
+    title = f"The answer that {k} samples elect, weighted by {first['vote']}, in percent"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for number, name in enumerate(
+        ("policy", "majority", "coherent (95 %)", "change", "p", "shuffled", f"pass@{k}")
+    ):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for name, vote in votes.items():
+        k = vote["samples"]
+        coherent, low, high = (100 * vote[f"coherent_at_{k}{end}"] for end in ("", "_low", "_high"))
+        table.add_row(
+            POLICIES[name],
+            f"{100 * vote[f'maj_at_{k}']:.1f}",
+            f"{coherent:.1f} ({low:.1f}–{high:.1f})",
+            *_change(vote, "difference", "p"),
+            f"{100 * vote['control_difference']:+.1f}",
+            f"{100 * vote[f'pass_at_{k}']:.1f}",
+        )
+    return table
+
+
+def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]) -> Table:
+    """What each policy made of the twins, and what changed from the policy before it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    asked = max(metrics["changed_questions"] for metrics in policies.values())
+    title = f"Twins of {asked:,} questions, with one number changed, in percent"
+    tight = (0, 1, 0, 0)  # eight columns in 80
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=tight)
+    for number, name in enumerate(("policy", "twin (95 %)", "change", "p", "both", "change", "p", "kept")):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    before = ""
+    for name, metrics in policies.items():
+        step = comparisons.get(f"{before}_to_{name}", {})
+        changed, low, high = (100 * metrics[f"changed{end}"] for end in ("", "_low", "_high"))
+        table.add_row(
+            POLICIES[name],
+            f"{changed:.1f} ({low:.1f}–{high:.1f})",
+            *_change(step.get("changed", {}), "difference", "p"),
+            f"{100 * metrics['both']:.1f}",
+            *_change(step.get("both", {}), "difference", "p"),
+            f"{100 * metrics['kept']:.1f}" if "kept" in metrics else "",
+        )
+        before = name
+    return table
 
 
 def _change(step: Mapping[str, Any], difference: str, p: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.regime_w import signals
 from stages.regime_w.reward import reward_parts
-from stages.regime_w.signals import SIGNALS, GroupScore, Reasoning
+from stages.regime_w.signals import SIGNALS, GroupAnalysis, GroupScore, Reasoning
 from stages.regime_w.suspicion import suspicion
 from stages.regime_w.tally import Tally
 from stages.run.errors import UserError
@@ -65,7 +65,7 @@ class QuestionScorer:
         readings = [read_answer(row["text"], question) for row in record["trajectories"]]
         views = solution_views(record["trajectories"], readings)
         group = signals.analyse_group(question, views)
-        score = group.score(self.weights) if self.score_group is None else self._own_score(record, views)
+        score = self.signals(record, views, group)
         means = {signal: score.mean(signal) for signal in SIGNALS}
         gold_reasoning = read_gold(record.get("solution"), group.numbers)
 
@@ -106,6 +106,12 @@ class QuestionScorer:
         except ValueError as error:
             raise UserError(f"question '{name}': cannot be written as JSON ({error})") from None
         return line
+
+    def signals(
+        self, record: dict[str, Any], views: list[dict[str, Any]], group: GroupAnalysis
+    ) -> GroupScore:
+        """The signals alone of one question; `views` as `solution_views` gives them, `group` their analysis."""
+        return group.score(self.weights) if self.score_group is None else self._own_score(record, views)
 
     def _own_score(self, record: dict[str, Any], views: list[dict[str, Any]]) -> GroupScore:
         """The score from the user's own scorer, checked."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import fsum
 from typing import Any, Literal
@@ -20,6 +20,9 @@ from stages.regime_w.solution import (
     Equation,
     Number,
     Solution,
+    Step,
+    calculate,
+    divide,
     evaluate,
     normal,
     question_numbers,
@@ -53,7 +56,8 @@ class Reasoning:
 
     `links[k][p]` says where operand p of equation k comes from: an earlier equation's index, `CONSTANT`, or -2 - m for
     number m of the question. `carrier` is the equation with the final answer. `counterfactuals[m]` is the answer when
-    number m grows by 1, None when it is undefined. Without numbers in the question there is one counterfactual.
+    number m grows by 1, None when it is undefined. Without numbers in the question there is one counterfactual. `moves`
+    counts the numbers with which the answer moves.
     """
 
     answer: str | None
@@ -61,6 +65,7 @@ class Reasoning:
     links: list[list[int]]
     carrier: int | None
     counterfactuals: tuple[Number | None, ...]
+    moves: int
     values: Counter[Number]
 
 
@@ -73,28 +78,32 @@ class GroupAnalysis:
 
     def score(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> GroupScore:
         """The four signals. All are 0 when there is only one trajectory."""
-        distinct = list({id(reasoning): reasoning for reasoning in self.reasonings}.values())
-        copies = Counter(id(reasoning) for reasoning in self.reasonings)
-        counts = [copies[id(reasoning)] for reasoning in distinct]
+        # Trajectories with the same answer, values and counterfactuals are alike to all others: they are compared once.
+        alike: dict[Any, list[int]] = {}
+        for index, reasoning in enumerate(self.reasonings):
+            values = frozenset(reasoning.values.items())
+            alike.setdefault((reasoning.answer, reasoning.counterfactuals, values), []).append(index)
+        groups = list(alike.values())
+        distinct = [self.reasonings[group[0]] for group in groups]
         size, others = len(distinct), len(self.reasonings) - 1
         end = [0] * size
         path: list[list[float]] = [[] for _ in range(size)]
         cf = [0] * size
-        for i in range(size):
+        for i, a in enumerate(distinct):
             for j in range(i, size):
-                a, b = distinct[i], distinct[j]
+                b = distinct[j]
                 same_end = a.answer is not None and a.answer == b.answer
                 overlap = _overlap(a.values, b.values)
                 agreed = _agreed(a.counterfactuals, b.counterfactuals)
-                pairs = ((i, counts[i] - 1),) if i == j else ((i, counts[j]), (j, counts[i]))
+                pairs = ((i, len(groups[i]) - 1),) if i == j else ((i, len(groups[j])), (j, len(groups[i])))
                 for one, times in pairs:
                     end[one] += times * same_end
-                    path[one].append(times * overlap)
+                    path[one] += [overlap] * times
                     cf[one] += times * agreed
         interventions = max(1, len(self.numbers))
         total = weights[0] + weights[1] + weights[2]
-        rows: dict[int, tuple[float, float, float, float]] = {}
-        for i, reasoning in enumerate(distinct):
+        columns = [[0.0] * len(self.reasonings) for _ in SIGNALS]
+        for i, group in enumerate(groups):
             if others > 0:
                 s_end = end[i] / others
                 s_path = min(1.0, fsum(path[i]) / others)
@@ -102,8 +111,9 @@ class GroupAnalysis:
             else:
                 s_end = s_path = s_cf = 0.0
             s_wm = (weights[0] * s_end + weights[1] * s_path + weights[2] * s_cf) / total
-            rows[id(reasoning)] = (s_end, s_path, s_cf, s_wm)
-        columns = [[rows[id(reasoning)][column] for reasoning in self.reasonings] for column in range(4)]
+            for column, value in zip(columns, (s_end, s_path, s_cf, s_wm), strict=True):
+                for index in group:
+                    column[index] = value
         return GroupScore(*columns)
 
 
@@ -118,16 +128,24 @@ def score_group(
 
 
 def analyse_group(question: str, trajectories: Sequence[Mapping[str, Any]]) -> GroupAnalysis:
-    """Read each distinct text of a question once."""
+    """Read each distinct text of a question once, and re-run the same equations once."""
     numbers = question_numbers(question)
     places = {number: index for index, number in enumerate(numbers)}
     reasonings: dict[tuple[str, str | None], Reasoning] = {}
+    known: dict[Any, Reasoning] = {}
     ordered = []
     for trajectory in trajectories:
-        key = (trajectory["text"], trajectory["answer"])
+        key = text, answer = (trajectory["text"], trajectory["answer"])
         reasoning = reasonings.get(key)
         if reasoning is None:
-            reasoning = reasonings[key] = read_reasoning(numbers, places, *key)
+            solution = read_solution(text)
+            # All but their places in the text.
+            equations = (answer, tuple([equation[2:] for equation in solution.equations]))
+            if same := known.get(equations):
+                reasoning = replace(same, solution=solution)
+            else:
+                reasoning = known[equations] = reason(numbers, places, solution, answer)
+            reasonings[key] = reasoning
         ordered.append(reasoning)
     return GroupAnalysis(numbers, ordered)
 
@@ -136,7 +154,13 @@ def read_reasoning(
     numbers: list[Number], places: Mapping[Number, int], text: str, answer: str | None
 ) -> Reasoning:
     """Equations, links and counterfactuals of one text. `places` gives each question number's index."""
-    solution = read_solution(text)
+    return reason(numbers, places, read_solution(text), answer)
+
+
+def reason(
+    numbers: list[Number], places: Mapping[Number, int], solution: Solution, answer: str | None
+) -> Reasoning:
+    """Links and counterfactuals of a solution that was read."""
     equations = solution.equations
     latest: dict[Number, int] = {}
     links: list[list[int]] = []
@@ -151,9 +175,11 @@ def read_reasoning(
         links.append(row)
         latest[equation.value] = index
     carrier = None if answer is None else latest.get(_answer_number(answer))
-    undefined = (None,) * max(1, len(numbers))
-    found = undefined if carrier is None else _rerun(equations, links, carrier, numbers)
-    return Reasoning(answer, solution, links, carrier, found, Counter(e.value for e in equations))
+    found: tuple[Number | None, ...] = (None,) * max(1, len(numbers))
+    moves = 0
+    if carrier is not None:
+        found, moves = _rerun(equations, links, carrier, numbers)
+    return Reasoning(answer, solution, links, carrier, found, moves, Counter([e.value for e in equations]))
 
 
 def judge(mine: Reasoning, golds: Reasoning) -> Soundness:
@@ -172,9 +198,12 @@ def _answer_number(answer: str) -> Number:
 
 def _rerun(
     equations: tuple[Equation, ...], links: list[list[int]], carrier: int, numbers: list[Number]
-) -> tuple[Number | None, ...]:
-    """The carrier's value with each question number grown by 1; all None when a step does not hold."""
-    undefined = (None,) * max(1, len(numbers))
+) -> tuple[tuple[Number | None, ...], int]:
+    """The carrier's value with each question number grown by 1, and how many of these differ from what it is.
+
+    All are None when a step does not hold.
+    """
+    undefined = (None,) * max(1, len(numbers)), 0
     waiting, needed = [carrier], {carrier}
     while waiting:
         step = waiting.pop()
@@ -184,68 +213,81 @@ def _rerun(
             if source >= 0 and source not in needed:
                 needed.add(source)
                 waiting.append(source)
-    order = sorted(needed)
-    base: dict[int, Number] = {}
-    moves: dict[int, int] = {}  # which question numbers an equation depends on, as bits
-    for step in order:
-        bits = 0
-        for source in links[step]:
+    # `values` holds what the operands stand for: question numbers, constants, results. Each step gets its places there.
+    values: list[Number] = [*numbers]
+    percents: dict[int, int] = {}  # place of a question number -> place of its hundredth
+    places: dict[int, int] = {}  # step -> place of its result
+    moves: dict[int, int] = {CONSTANT: 0}  # which question numbers a step depends on, as bits
+    steps: list[tuple[int, int, tuple[Step, ...], list[int]]] = []
+    for step in sorted(needed):
+        equation, inputs, bits = equations[step], [], 0
+        for operand, source in zip(equation.operands, links[step], strict=True):
             if source >= 0:
+                inputs.append(places[source])
                 bits |= moves[source]
-            elif source != CONSTANT:
-                bits |= 1 << (-2 - source)
-        moves[step] = bits
-        value = _value(equations[step], links[step], base, CONSTANT, 0)
-        if value is None:
+            elif source == CONSTANT:
+                inputs.append(len(values))
+                values.append(operand.value)
+            else:
+                place = -2 - source
+                bits |= 1 << place
+                if operand.percent:
+                    place = percents.setdefault(place, len(values))
+                    values.append(operand.value)
+                inputs.append(place)
+        value = evaluate(equation.program, [values[place] for place in inputs])
+        if value is None or _huge(value):
             return undefined
-        base[step] = value
+        places[step], moves[step] = len(values), bits
+        steps.append((len(values), bits, equation.program, inputs))
+        values.append(value)
     if not numbers:
-        return (base[carrier],)
+        return (values[-1],), 0
     found: list[Number | None] = []
     for place, number in enumerate(numbers):
-        bit = 1 << place
-        if not moves[carrier] & bit:
-            found.append(base[carrier])
-            continue
-        values = dict(base)
-        value = None
-        for step in order:
-            if moves[step] & bit:
-                value = _value(equations[step], links[step], values, -2 - place, number + 1)
-                if value is None:
+        changed = values.copy()
+        changed[place] = number + 1
+        if place in percents:
+            changed[percents[place]] = divide(number + 1, 100)
+        value = values[-1]
+        for target, bits, program, inputs in steps:
+            if bits >> place & 1:
+                if len(inputs) == 2 and len(program) == 3:  # as most are
+                    value = calculate(program[2], changed[inputs[0]], changed[inputs[1]])
+                else:
+                    value = evaluate(program, [changed[place] for place in inputs])
+                if value is None or _huge(value):
+                    value = None
                     break
-                values[step] = value
+                changed[target] = value
         found.append(value)
-    return tuple(found)
+    return tuple(found), sum(value is not None and value != values[-1] for value in found)
 
 
-def _value(
-    equation: Equation, sources: list[int], values: Mapping[int, Number], changed: int, new: Number
-) -> Number | None:
-    """An equation's value with linked operands re-run and question number `changed` set to `new`."""
-    inputs: list[Number] = []
-    for operand, source in zip(equation.operands, sources, strict=True):
-        if source >= 0:
-            inputs.append(values[source])
-        elif source == changed and source != CONSTANT:
-            inputs.append(normal(Fraction(new) / 100) if operand.percent else new)
-        else:
-            inputs.append(operand.value if operand.percent else operand.printed)
-    value = evaluate(equation.program, inputs)
-    if value is None or value.numerator.bit_length() > MAX_BITS or value.denominator.bit_length() > MAX_BITS:
-        return None
-    return value
+def _huge(value: Number) -> bool:
+    if type(value) is int:
+        return value.bit_length() > MAX_BITS
+    return value.numerator.bit_length() > MAX_BITS or value.denominator.bit_length() > MAX_BITS
 
 
 def _overlap(a: Counter[Number], b: Counter[Number]) -> float:
     """2 |A and B| / (|A| + |B|) of two multisets; 0 when both are empty."""
-    total = a.total() + b.total()
+    if a is b:
+        return 1.0 if a else 0.0
+    total = sum(a.values()) + sum(b.values())
     if not total:
         return 0.0
-    if a is b:
-        return 1.0
-    return 2 * sum(min(count, b[value]) for value, count in a.items() if value in b) / total
+    shared = 0
+    for value in a.keys() & b.keys():
+        shared += min(a[value], b[value])
+    return 2 * shared / total
 
 
 def _agreed(a: tuple[Number | None, ...], b: tuple[Number | None, ...]) -> int:
-    return sum(x is not None and x == y for x, y in zip(a, b, strict=True))
+    if a == b:
+        return len(a) - a.count(None)
+    agreed = 0
+    for x, y in zip(a, b, strict=True):
+        if x is not None and x == y:
+            agreed += 1
+    return agreed

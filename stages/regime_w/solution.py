@@ -14,14 +14,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
 
 Number = int | Fraction
 Step = int | str  # of a program: the index of an operand, or an operation
+# An equation without its place.
+_Parts = tuple["tuple[Operand, ...]", tuple[Step, ...], Number, Number | None, bool]
 
 MAX_DIGITS = 30  # of one number; with MAX_OPERANDS it bounds every intermediate result
 MAX_OPERANDS = 64  # of one expression
 MAX_EQUATIONS = 1000  # of one solution; further ones are skipped and counted
 MAX_BITS = 4096  # of a re-run value's numerator or denominator; a larger one is undefined
+CACHED = 60  # characters of an annotation that is remembered
 MAX_QUESTION_NUMBERS = 100  # distinct numbers of a question; further ones are not changed
 
 _NUMBER = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|[ ])[0-9]{3}){1,12}(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++"
@@ -54,8 +59,8 @@ _VARIABLES = frozenset("xyznXYZN")
 _PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
 
 
-@dataclass(slots=True, frozen=True)
-class Operand:
+# Named tuples are made several times faster than frozen dataclasses, and there are a dozen to a text.
+class Operand(NamedTuple):
     """A number as printed in an expression; `percent` divides it by 100."""
 
     printed: Number
@@ -68,8 +73,7 @@ class Operand:
         return divide(self.printed, 100) if self.percent else self.printed
 
 
-@dataclass(slots=True, frozen=True)
-class Equation:
+class Equation(NamedTuple):
     """`expr = value`, found in the text at [start, end).
 
     `program` is the expression in postfix order: indices into `operands`, and + - * / neg. `value` is the printed
@@ -135,6 +139,8 @@ def divide(a: Number, b: Number) -> Number:
 
 def evaluate(program: tuple[Step, ...], values: list[Number]) -> Number | None:
     """The program's result for these operand values; None on a division by zero."""
+    if len(values) == 2 and len(program) == 3:  # most are so short
+        return calculate(program[2], values[0], values[1])
     stack: list[Number] = []
     for step in program:
         if isinstance(step, int):
@@ -144,18 +150,24 @@ def evaluate(program: tuple[Step, ...], values: list[Number]) -> Number | None:
         if step == "neg":
             stack.append(-b)
             continue
-        a = stack.pop()
-        if step == "+":
-            stack.append(a + b)
-        elif step == "-":
-            stack.append(a - b)
-        elif step == "*":
-            stack.append(a * b)
-        elif b == 0:
+        value = calculate(step, stack.pop(), b)
+        if value is None:
             return None
-        else:
-            stack.append(divide(a, b))
+        stack.append(value)
     return normal(stack[0])
+
+
+def calculate(operation: Step, a: Number, b: Number) -> Number | None:
+    """a + b, a - b, a * b or a / b; None on a division by zero."""
+    if operation == "+":
+        value = a + b
+    elif operation == "-":
+        value = a - b
+    elif operation == "*":
+        value = a * b
+    else:
+        return divide(a, b) if b else None
+    return value if type(value) is int else normal(value)
 
 
 def read_solution(text: str) -> Solution:
@@ -184,30 +196,29 @@ _BINARY: dict[str, tuple[Step, ...]] = {op: (0, 1, op) for op in "+-*/"}
 
 def _read_annotation(match: re.Match[str], place: int, equations: list[Equation]) -> int:
     """Append the equations of one annotation. Returns 1 when nothing could be read from it, else 0."""
-    simple = _SIMPLE.match(match[1])
-    if simple:
-        a, b, value = int(simple[1]), int(simple[3]), int(simple[4])
-        operation = simple[2]
-        computed: Number | None
-        if operation == "*":
-            computed = a * b
-        elif operation == "+":
-            computed = a + b
-        elif operation == "-":
-            computed = a - b
-        else:
-            computed = divide(a, b) if b else None
-        holds = computed == value or (computed is not None and -1 <= 2 * (computed - value) <= 1)
-        operands = (Operand(a), Operand(b))
-        start, end = match.span()
-        equations.append(
-            Equation(place + start, place + end, operands, _BINARY[operation], value, computed, holds)
-        )
-        return 0
-    found, _ = _read_chains(match[1], place + match.start(1), annotated=True)
-    start, end = place + match.start(), place + match.end()
-    equations += [Equation(start, end, e.operands, e.program, e.value, e.computed, e.holds) for e in found]
+    text = match[1]
+    read = _known_annotation if len(text) <= CACHED else _annotation
+    start, end = match.span()
+    found = read(text)
+    for parts in found:
+        equations.append(Equation(place + start, place + end, *parts))
     return 0 if found else 1
+
+
+def _annotation(text: str) -> list[_Parts]:
+    """The equations of an annotation, without their places."""
+    simple = _SIMPLE.match(text)
+    if not simple:
+        return [equation[2:] for equation in _read_chains(text, 0, annotated=True)[0]]
+    a, b, value = int(simple[1]), int(simple[3]), int(simple[4])
+    operation = simple[2]
+    computed = calculate(operation, a, b)
+    holds = computed == value or (computed is not None and -1 <= 2 * (computed - value) <= 1)
+    return [((Operand(a), Operand(b)), _BINARY[operation], value, computed, holds)]
+
+
+# The trajectories of a question repeat each other's equations.
+_known_annotation = lru_cache(maxsize=1024)(_annotation)
 
 
 # ---- prose -------------------------------------------------------------------------------------------

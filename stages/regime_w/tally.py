@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.regime_w.arms import Sums, Z, add_pulls, add_sums, arm_rows
+from stages.regime_w.confidence import mean_logprob
 from stages.regime_w.signals import SIGNALS, GroupAnalysis
 from stages.run.files import atomic_write
 
@@ -74,8 +76,10 @@ class Tally:
         for measure in MEASURES:
             better, worse = _measure(right, measure), _measure(wrong, measure)
             ranks = self.ranks[measure].setdefault(group, Counter())
-            ranks.update((round(value, 3), False) for value in worse)
-            ranks.update((round(value, 3), True) for value in better)
+            for value in worse:
+                ranks[round(value, 3), False] += 1
+            for value in better:
+                ranks[round(value, 3), True] += 1
             add_pairs(self.right_over_wrong[measure], better, worse)
             if sound and lucky:
                 add_pairs(self.sound_over_lucky[measure], _measure(sound, measure), _measure(lucky, measure))
@@ -129,11 +133,7 @@ def _measure(rows: list[dict[str, Any]], name: str) -> list[float]:
     if name == "length":
         return [row.get("tokens") or len(row["text"]) for row in rows]
     if name == "mean_logprob":
-        return [
-            row["logprob"] / row["tokens"]
-            for row in rows
-            if row.get("logprob") is not None and row.get("tokens")
-        ]
+        return [mean for row in rows if (mean := mean_logprob(row)) is not None]
     return [row[name] for row in rows]
 
 
@@ -141,7 +141,8 @@ def add_pairs(sums: Sums, better: Sequence[float], worse: Sequence[float]) -> No
     """Add one question's pairs of a better and a worse trajectory. A pair ranked right is a win, a tie half a win."""
     pairs = len(better) * len(worse)
     if pairs:
-        wins = sum((b > w) + 0.5 * (b == w) for b in better for w in worse)
+        ordered = sorted(worse)
+        wins = sum([bisect_left(ordered, one) + bisect_right(ordered, one) for one in better]) / 2
         squares = {"wins2": wins * wins, "both": wins * pairs, "pairs2": pairs * pairs}
         add_sums(sums, {"questions": 1, "wins": wins, "pairs": pairs, **squares})
 

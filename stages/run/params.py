@@ -24,6 +24,9 @@ Rate = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Temperature = Annotated[float, Field(gt=0, le=5)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+Changed = Literal[
+    "one", "all", "none"
+]  # twins of a Platinum question: one, one for each of its numbers, none
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a full commit hash, so that it cannot move
 
 
@@ -67,6 +70,7 @@ class RegimeW(Section):
 
     scorer: str
     weights: SignalWeights
+    vote: Literal["s_end", "s_path", "s_cf", "s_wm", "reach", "logprob", "both", "all"]
     reward: Reward
     suspect_from: Share
 
@@ -190,6 +194,7 @@ class GeneratedData(Section):
     train: Positive
     valid: Positive
     platinum: Positive
+    changed: Changed
     wrong_labels: Share
 
 
@@ -208,6 +213,7 @@ class HubData(Section):
     source: Literal["hub"]
     train: HubDataset
     platinum: HubDataset
+    changed: Changed
     valid: Positive
 
 
@@ -220,6 +226,7 @@ class FilesData(Section):
     source: Literal["files"]
     train: str
     platinum: str
+    changed: Changed
     valid: Positive
 
 
@@ -406,21 +413,31 @@ OWN = (
 
 
 class Sections:
-    """The declared sections of the parameters, as attributes; any other name is a programming error."""
+    """The declared sections of the parameters, as attributes; any other name is a programming error.
+
+    `regime_w.vote` declares one key of a section: the section can be read, and only the key is recorded.
+    """
 
     def __init__(self, params: Params, names: tuple[str, ...]) -> None:
         self._params = params
         self.declared = names
 
     def __getattr__(self, name: str) -> Any:
-        if name not in (*self.declared, "hardware", "profile"):
+        if name not in (*(section.partition(".")[0] for section in self.declared), "hardware", "profile"):
             raise AttributeError(f"section '{name}' was not declared by this stage")
         return getattr(self._params, name)
 
     def read(self) -> dict[str, Any]:
         """The declared values that may change results, as plain data for manifest and fingerprint."""
         data = self._params.model_dump(mode="json")
-        return {name: data[name] for name in self.declared}
+        values: dict[str, Any] = {}
+        for name in self.declared:
+            section, _, key = name.partition(".")
+            if key:
+                values.setdefault(section, {})[key] = data[section][key]
+            else:
+                values[section] = data[section]
+        return values
 
 
 def load_params(root: Path = Path()) -> Params:

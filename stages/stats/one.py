@@ -98,17 +98,20 @@ def pass_hat_k(samples: int, correct: int, k: int) -> float:
     return comb(correct, k) / comb(samples, k)
 
 
+RIGHT = "right"  # what every right sample votes for; True would equal the number 1
+
+
 def _vote(sample: Row) -> Any:
     """What a sample votes for. Equal numbers are one candidate however they are written. None is no vote."""
     if sample["correct"]:
-        return True  # all answers that equal the gold are one candidate
+        return RIGHT  # all answers that equal the gold are one candidate
     answer = sample["answer"]
     if answer is None:
         return None
     try:
         return Fraction(str(answer).replace(",", "").strip("$% "))
     except (ValueError, ZeroDivisionError):
-        return str(answer)
+        return f"'{answer}'"
 
 
 def majority(samples: Sequence[Row]) -> float:
@@ -116,12 +119,25 @@ def majority(samples: Sequence[Row]) -> float:
 
     Samples without an answer do not vote; without any vote it is 0.
     """
-    votes = Counter(vote for vote in map(_vote, samples) if vote is not None)
-    if not votes:
-        return 0.0
-    top = max(votes.values())
-    winners = [vote for vote, count in votes.items() if count == top]
-    return sum(vote is True for vote in winners) / len(winners)
+    return elected(votes_of(samples), [1] * len(samples))
+
+
+def votes_of(samples: Sequence[Row]) -> list[Any]:
+    """What each sample votes for: RIGHT, None without an answer, else something for each wrong answer."""
+    return [_vote(sample) for sample in samples]
+
+
+def elected(votes: Sequence[Any], weights: Sequence[float]) -> float:
+    """As `majority`, where each vote counts its weight; sums that differ by rounding alone are tied."""
+    sums: dict[Any, float] = {}
+    for vote, weight in zip(votes, weights, strict=True):
+        if vote is not None:
+            sums[vote] = sums.get(vote, 0) + weight
+    if len(sums) < 2:
+        return float(RIGHT in sums)
+    least = max(sums.values()) * (1 - 1e-9)
+    winners = [vote for vote, weight in sums.items() if weight >= least]
+    return (RIGHT in winners) / len(winners)
 
 
 def agreement(samples: Sequence[Row]) -> float:

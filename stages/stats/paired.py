@@ -12,10 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stages.run.errors import UserError
+from stages.stats.changed import questions_right, twins_right
 from stages.stats.one import Row, bootstrap_interval, count_right, interval_keys, one_size, samples_of
 
 ALPHA = 0.05
 POWER = 0.8
+SHARES = 720_720  # divides by every number up to 16
+CHANGED_KEYS = ("difference", "difference_low", "difference_high", "p", "smallest_visible", "verdict")
+SAME = "no difference can be seen: every question scored the same"
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -124,6 +128,37 @@ def conclusion(difference: float, p: float, visible: float | None, name_a: str, 
     )
 
 
+def paired_rates(
+    before: Sequence[float] | NDArray[np.float64],
+    after: Sequence[float] | NDArray[np.float64],
+    names: tuple[str, str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The paired difference of two rates: `after` minus `before`, one value in [0, 1] for each question.
+
+    The values are shares 1/m of a question (a tie of m answers). `p` is that of the sign-flip test, which is exact for
+    up to 16 tied answers. Keys: difference (with _low, _high), p, smallest_visible, verdict.
+    """
+    changes = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    steps = np.rint(changes * SHARES).astype(np.int64)
+    p = sign_flip_p(steps // max(1, int(np.gcd.reduce(steps))), seed)
+    difference = float(changes.mean())
+    visible = _visible(changes)
+    return {
+        **interval_keys("difference", difference, bootstrap_interval(changes, seed)),
+        "p": p,
+        "smallest_visible": visible,
+        "verdict": conclusion(difference, p, visible, *names) if steps.any() else SAME,
+    }
+
+
+def _visible(changes: NDArray[np.float64]) -> float | None:
+    """The smallest visible mean difference, by the normal approximation; None when no question changed."""
+    # (z of a two-sided alpha + z of the power) standard errors.
+    z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
+    return z * float(np.std(changes)) / sqrt(len(changes)) or None
+
+
 def _by_id(rows: Sequence[Row], name: str) -> dict[Any, Row]:
     index: dict[Any, Row] = {}
     for row in rows:
@@ -202,9 +237,7 @@ def compare_sides(
     steps = b.right * (unit // b.samples) - a.right * (unit // a.samples)
     mean_p = sign_flip_p(steps, seed)
     difference = float(steps.sum() / (unit * n))
-    # Normal approximation: (z of a two-sided alpha + z of the power) standard errors.
-    z = NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)
-    mean_visible = z * float(np.std(steps / unit)) / sqrt(n) or None
+    mean_visible = _visible(steps / unit)
     return out | {
         "samples_a": a.samples,
         "samples_b": b.samples,
@@ -213,7 +246,38 @@ def compare_sides(
         **interval_keys("mean_difference", difference, bootstrap_interval(steps / unit, seed)),
         "mean_p": mean_p,
         "mean_smallest_visible": mean_visible,
-        "mean_verdict": conclusion(difference, mean_p, mean_visible, name_a, name_b)
-        if steps.any()
-        else "no difference can be seen: every question scored the same",
+        "mean_verdict": conclusion(difference, mean_p, mean_visible, name_a, name_b) if steps.any() else SAME,
     }
+
+
+def compare_changed(
+    a_rows: Sequence[Row], b_rows: Sequence[Row], names: tuple[str, str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """The paired comparison of two policies, b minus a, by `changed` and by `both`; nothing without shared twins.
+
+    With one twin a question `p` is that of the exact McNemar test, with several that of the sign-flip test, which is
+    the same for shares of a question.
+    """
+    index = {row["id"]: row for row in a_rows if row.get("twins")}
+    pairs = [(index[row["id"]], row) for row in b_rows if row.get("twins") and row["id"] in index]
+    pairs = [
+        (a, b) for a, b in pairs if [twin["id"] for twin in a["twins"]] == [twin["id"] for twin in b["twins"]]
+    ]
+    if not pairs:
+        return {}
+    single = all(len(a["twins"]) == 1 for a, _ in pairs)
+    found = []
+    for rows in ([a for a, _ in pairs], [b for _, b in pairs]):
+        twins = twins_right(rows)
+        found.append({"changed": twins, "both": questions_right(rows) * twins})
+    out = {}
+    for name in ("changed", "both"):
+        before, after = found[0][name], found[1][name]
+        if single:
+            compared = compare_sides(
+                Side(before > 0, 0, 0, None), Side(after > 0, 0, 0, None), None, *names, seed
+            )
+        else:
+            compared = paired_rates(before, after, names, seed)
+        out[name] = {"questions": len(pairs), **{key: compared[key] for key in CHANGED_KEYS}}
+    return out

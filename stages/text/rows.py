@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html.entities import html5
 from typing import Any
@@ -126,3 +126,10 @@ class Cleaner:
                 self.counts["gram"] += 1
             else:
                 yield row
+
+
+def apart(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """The `rows` that are none of `others` and share no 13 words in a row with one; each text once."""
+    far = {row["id"] for row in Cleaner(Overlap(rows)).clean(others)}
+    near = Overlap(row for row in others if row["id"] not in far)
+    return list(Cleaner(near).clean(rows))

@@ -186,10 +186,17 @@ class Problem:
         return self.solution(_pick(GOLD_WAYS, rng))
 
     def changed(self, rng: random.Random) -> Problem | None:
-        """The problem with one number changed: its twin, in the same split. None where no change will do.
+        """The problem with one number changed: its twin, in the same split. None where no change will do."""
+        return next(self.twins(rng), None)
 
-        The number stands once in the question, is needed, and the answer moves.
-        """
+    def twins(self, rng: random.Random) -> Iterator[Problem]:
+        """All its twins, in random order: the problem with one number changed, where the answer moves."""
+        changes = self.candidates()
+        rng.shuffle(changes)
+        return (one for one in changes if one.result not in (None, self.result) and one.split == self.split)
+
+    def candidates(self) -> list[Problem]:
+        """The problem with one number changed, whatever comes of it: a needed one that stands once in the question."""
         printed = Counter(re.findall(r"\d+", self.question))
         changes: list[Problem] = []
         for place, number in enumerate(self.start):
@@ -206,9 +213,7 @@ class Problem:
             changes += [replace(self, events=(*rest[0], (verb, n), *rest[1])) for n in values]
         if self.last and printed[str(self.factor)] == 1:
             changes += [replace(self, factor=n) for n in range(2, 10) if n != self.factor]
-        rng.shuffle(changes)
-        fine = (one for one in changes if one.result not in (None, self.result) and one.split == self.split)
-        return next(fine, None)
+        return changes
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ def main(
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int | None = None,
+    samples: int = 1,
 ) -> None:
     """Answer one question, `-` being the standard input. `temperature` 0 is greedy; above 0, `top_p` is evaluation's.
 
@@ -37,6 +38,11 @@ def main(
         raise UserError(f"ask: the question is not text in UTF-8 ({error})") from None
     if not question:
         raise UserError("ask: the question is empty")
+    if samples > 1:  # they vote for the answer
+        from stages.tools.ask_samples import ask_samples  # needs Regime W, which one answer does not
+
+        ask_samples(question, policy, samples, temperature, seed, max_new_tokens)
+        return
 
     import torch
     from transformers import GenerationConfig

@@ -19,8 +19,9 @@ from stages.regime_w.record import same_id
 from stages.run.errors import UserError
 from stages.run.files import read_numbered_jsonl
 from stages.stats.one import BOOTSTRAP_SEED, wilson
-from stages.stats.paired import Side, compare_sides, p_words
+from stages.stats.paired import Side, compare_sides, p_words, paired_rates
 from stages.tools.fields import find, question_id, require
+from stages.tools.log_votes import LogVotes
 from stages.tools.show import at_most, new_console, new_table, print_json, printable
 
 NAMED = 5  # questions without a partner that are named
@@ -39,6 +40,7 @@ class Log:
     completion: array[int] = field(default_factory=lambda: array("q"))  # its hash; 0 when there is none
     samples: array[int] = field(default_factory=lambda: array("i"))
     right: array[int] = field(default_factory=lambda: array("i"))  # samples that are correct
+    elected: array[float] = field(default_factory=lambda: array("d"))  # of the vote, when there is one
 
     def side(self, order: Any, alone: int) -> Side:
         """This log's verdicts on the shared questions; `order` holds their entries."""
@@ -61,15 +63,18 @@ def main(
     correct_field: str = VERDICT,
     show: tuple[str, int] | None = None,
     as_json: bool = False,
+    vote: str | None = None,
 ) -> None:
     """Print the comparison of log `b` with log `a`; `show` is ('gained' | 'lost', how many questions to print).
 
+    `vote` names the signal by which the samples vote; then the elected answers are compared, too.
     Raises UserError for a log that is not graded, a doubled id, or two logs that share no question.
     """
     if show and (show[0] not in ("gained", "lost") or show[1] < 1):
         raise UserError(f"--show {show[0]} {show[1]}: say gained or lost, and how many, as --show lost 5")
     name_a, name_b = (a.stem, b.stem) if a.stem != b.stem else (str(a), str(b))
-    log_a, log_b = _read(a, id_field, correct_field), _read(b, id_field, correct_field)
+    votes = LogVotes(vote) if vote else None
+    log_a, log_b = (_read(path, id_field, correct_field, votes) for path in (a, b))
     shared = [key for key in log_a.place if key in log_b.place]
     if not shared:
         ids = f"{name_a} has {next(iter(log_a.place))!r} and {name_b} has {next(iter(log_b.place))!r}"
@@ -81,6 +86,11 @@ def main(
     texts_a, texts_b = np.array(log_a.completion)[order_a], np.array(log_b.completion)[order_b]
     same = int(((texts_a == texts_b) & (texts_a != 0)).sum()) if texts_a.any() and texts_b.any() else None
     result = compare_sides(side_a, side_b, same, name_a, name_b, BOOTSTRAP_SEED)
+    if votes:
+        elected_a, elected_b = np.array(log_a.elected)[order_a], np.array(log_b.elected)[order_b]
+        paired = paired_rates(elected_a, elected_b, (name_a, name_b), BOOTSTRAP_SEED)
+        result |= {"vote": vote, "coherent_a": float(elected_a.mean()), "coherent_b": float(elected_b.mean())}
+        result |= {f"coherent_{key}": value for key, value in paired.items()}
     for letter, side in (("a", side_a), ("b", side_b)):
         low, high = wilson(int(side.correct.sum()), len(shared))
         result |= {f"accuracy_{letter}_low": low, f"accuracy_{letter}_high": high}
@@ -101,12 +111,14 @@ def main(
             _print_shown(console, row_a, row_b, name_a, name_b)
 
 
-def _read(path: Path, id_field: str, correct_field: str) -> Log:
+def _read(path: Path, id_field: str, correct_field: str, votes: LogVotes | None) -> Log:
     log = Log(path)
     for number, record in read_numbered_jsonl(path):
         try:
             key = question_id(require(record, id_field, "--id"), id_field)
             correct = _verdict(record, correct_field)
+            if votes:
+                log.elected.append(votes.elected(record))
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         except KeyError:
@@ -165,6 +177,10 @@ def _print(console: Console, result: dict[str, Any], *sides: tuple[str, list[Any
         k = sorted({result["samples_a"], result["samples_b"]})
         table.add_row(f"mean@{'/'.join(map(str, k))}", *_cells(result, "mean", "mean_difference", "mean_p"))
         table.add_row("", "", "", _interval(result, "mean_difference"), style="dim")
+    if "coherent_p" in result:
+        cells = _cells(result, "coherent", "coherent_difference", "coherent_p")
+        table.add_row(f"voted by {result['vote']}", *cells)
+        table.add_row("", "", "", _interval(result, "coherent_difference"), style="dim")
     console.print(table)
     console.print(
         f"gained {result['gained']:,} (only {name_b} right), lost {result['lost']:,} (only {name_a} right)"
@@ -178,6 +194,8 @@ def _print(console: Console, result: dict[str, Any], *sides: tuple[str, list[Any
     console.print(f"greedy: {result['verdict']}")
     if "mean_p" in result:
         console.print(f"mean@{result['samples_b']}: {result['mean_verdict']}")
+    if "coherent_p" in result:
+        console.print(f"voted by {result['vote']}: {result['coherent_verdict']}")
 
 
 def _cells(result: dict[str, Any], rate: str, difference: str, p: str) -> list[str]:

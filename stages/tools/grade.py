@@ -23,6 +23,7 @@ from stages.stats.one import BOOTSTRAP_SEED, Summary, health_warnings
 from stages.text.answers import gold_answer
 from stages.text.verdict import sample_verdict, verdict
 from stages.tools.fields import question_id, require
+from stages.tools.log_votes import LogVotes, print_votes
 from stages.tools.show import new_console, new_table, print_json, printable
 
 # Some programs write NaN and infinity, which JSON does not have; the graded log says null.
@@ -37,6 +38,7 @@ class FieldNames:
     gold: str = "gold"
     question: str | None = None
     id: str | None = None
+    samples: str | None = None
 
 
 def main(
@@ -45,9 +47,11 @@ def main(
     out: Path | None = None,
     skip_bad: bool = False,
     as_json: bool = False,
+    vote: str | None = None,
 ) -> None:
     """Grade the log, print its metrics, and write the graded log to `out` when it is given.
 
+    `vote` names the signal by which the samples of each question vote (stages/regime_w/voting.py).
     `-` among `files` is the standard input. Raises UserError for a bad line (file, line, what to do), unless
     `skip_bad`: then bad lines are counted and left out.
     """
@@ -55,12 +59,15 @@ def main(
         if out and name != "-" and out.exists() and Path(name).exists() and out.samefile(name):
             raise UserError(f"--out {out}: is the log itself; name another file")
     summary, bad, first_bad = Summary(), 0, ""
+    votes = LogVotes(vote) if vote else None
     with contextlib.ExitStack() as stack:
         graded: IO[str] | None = stack.enter_context(atomic_write(out)) if out else None
         for place, line in _lines(files):
             try:
                 record = _parse(line)
                 row = grade(record, fields)
+                if votes:
+                    votes.add(row)
                 if graded:
                     graded.write(printable(jsonl_line(_merge(record, row))))
             except (ValueError, RecursionError) as error:
@@ -73,13 +80,17 @@ def main(
             what = f"all {bad:,} lines are bad: {first_bad}" if bad else "no records in it"
             raise UserError(f"{', '.join(files)}: nothing to grade, {what}")
     metrics = summary.metrics(BOOTSTRAP_SEED)
+    voted = votes.metrics() if votes else None
     name = Path(files[0]).name if len(files) == 1 else f"{len(files)} files"
     warnings = health_warnings(metrics, "standard input" if name == "-" else name)
     if as_json:
-        print_json({"files": list(files), "bad_lines": bad, **metrics, "warnings": warnings})
+        more = {"votes": voted} if voted else {}
+        print_json({"files": list(files), "bad_lines": bad, **metrics, "warnings": warnings, **more})
         return
     console = new_console()
     _print_table(console, metrics)
+    if voted:
+        print_votes(console, voted)
     if bad:
         console.print(f"bad lines left out: {bad:,}, the first: {first_bad}")
     for warning in warnings:
@@ -116,8 +127,7 @@ def grade(record: dict[str, Any], fields: FieldNames) -> dict[str, Any]:
         _tokens(record.get("tokens")),
         finish if isinstance(finish, str) else None,
     )
-    samples = record.get("samples")
-    if isinstance(samples, list) and samples and all(_is_sample(sample) for sample in samples):
+    if samples := _samples(record, fields.samples):
         row["samples"] = [
             {**sample, **sample_verdict(sample["completion"], gold, question)} for sample in samples
         ]
@@ -173,6 +183,18 @@ def _tokens(value: Any) -> int | None:
 
 def _is_sample(sample: Any) -> bool:
     return isinstance(sample, dict) and isinstance(sample.get("completion"), str)
+
+
+def _samples(record: dict[str, Any], path: str | None) -> list[dict[str, Any]]:
+    """The samples as objects with `completion`; a plain text is one, too. None at all unless each can be read."""
+    value = record.get("samples") if path is None else _single(require(record, path, "--samples"))
+    found = value if isinstance(value, list) else [value]
+    samples: list[Any] = [{"completion": one} if isinstance(one, str) else one for one in found]
+    if all(map(_is_sample, samples)):
+        return samples
+    if path is None:
+        return []
+    raise ValueError(f"field '{path}' must be a list of texts, or of objects with 'completion'")
 
 
 def _merge(record: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,16 @@ def test_greedy_answer_is_the_evaluations(small_run: Project, policy: str) -> No
         assert row["answer"] is None or words.startswith(f"{row['answer']}\n")
 
 
+def test_samples_vote(small_run: Project) -> None:
+    """Eight solutions are drawn; the one that is shown has the chosen answer. The same again, the same eight."""
+    question = "Ann has 3 bags of 4 apples. First Ann gives away 2. How many apples does Ann have now?"
+    shown = small_run.stages("ask", question, "--samples", "8").stdout
+    assert "8 samples at temperature 0.9, weighted by reach" in shown
+    solution, _, answer = shown.rstrip().rpartition("\nanswer: ")
+    assert f"\n{answer}: " in solution and f"#### {answer}" in solution
+    assert small_run.stages("ask", question, "--samples", "8").stdout == shown
+
+
 def test_compare_and_grade_repeat_what_the_run_found(small_run: Project) -> None:
     """The graded log is the evaluation's, and the comparison that of the report."""
     sft, dpo = (f"data/platinum_eval/{policy}.jsonl" for policy in ("sft", "dpo"))

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.pipeline
 
 REPO = Path(__file__).resolve().parents[2]
 POLICIES = ["base", "sft", "dpo"]
-NO_MODEL = ["prepare", "coherence", "preference", "headline", "report"]
-STAGES = "prepare base sft rollout coherence preference dpo evaluate headline report".split()
+NO_MODEL = ["prepare", "coherence", "preference", "vote sft", "headline", "report"]
+STAGES = "prepare base sft rollout coherence preference dpo evaluate vote headline report".split()
 TOOLS = "check results plan runs grade compare ask explain pairs suspects trace export remote".split()
 
 
@@ -47,7 +47,7 @@ def profile(project: Project) -> dict[str, Any]:
 
 
 def declared_outputs(project: Project) -> list[str]:
-    """All outs, metrics and plots of dvc.yaml, evaluate's filled in for each policy."""
+    """All outs, metrics and plots of dvc.yaml, those of each policy filled in."""
     stages = YAML(typ="safe").load((project.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     outputs = []
     for stage in stages.values():
@@ -55,7 +55,8 @@ def declared_outputs(project: Project) -> list[str]:
         for kind in ("outs", "metrics", "plots"):
             names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in stage.get(kind, [])]
             for name in names:
-                outputs += [name.replace("${key}", key) for key in POLICIES] if "${key}" in name else [name]
+                policies = POLICIES if "${" in name else [""]
+                outputs += [re.sub(r"\$\{(key|item)\}", policy, name) for policy in policies]
     return outputs
 
 
@@ -100,6 +101,9 @@ def test_row_counts_follow_the_parameters(small_run: Project) -> None:
         rows = rows_of(data / f"platinum_eval/{policy}.jsonl")
         assert [row["id"] for row in rows] == [row["id"] for row in rows_of(data / "gsm8k/platinum.jsonl")]
         assert all(len(row["samples"]) == params["evaluate"]["samples"] for row in rows)
+        twins = rows_of(data / "gsm8k/changed.jsonl")
+        asked = [(twin["id"], twin["question"], twin["gold"]) for row in rows for twin in row["twins"]]
+        assert asked == [(twin["id"], twin["question"], twin["gold"]) for twin in twins] != []
 
 
 def test_records_have_the_documented_fields_in_order(small_run: Project) -> None:
@@ -114,9 +118,11 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
     evaluated = rows_of(data / "platinum_eval/dpo.jsonl")[0]
     assert list(evaluated) == [
         "id", "question", "gold", "completion", "answer", "correct", "flexible_answer", "flexible_correct",
-        "tokens", "finish", "leak", "answers_found", "samples",
+        "tokens", "finish", "leak", "answers_found", "samples", "twins",
     ]  # fmt: skip
-    assert list(evaluated["samples"][0]) == ["completion", "answer", "correct", "tokens", "finish"]
+    twin = next(twin for row in rows_of(data / "platinum_eval/dpo.jsonl") for twin in row["twins"])
+    assert list(twin) == ["id", "question", "gold", "completion", "answer", "correct", "tokens", "finish"]
+    assert list(evaluated["samples"][0]) == ["completion", "answer", "correct", "tokens", "finish", "logprob"]
     pair = rows_of(data / "coherence_preferences.jsonl")[0]
     assert list(pair)[:13] == [
         "id", "kind", "question_id", "prompt", "chosen", "rejected", "chosen_id", "rejected_id",
@@ -126,7 +132,9 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
 
 def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
     data = small_run.root / "data"
-    held_out = {row["question"] for row in rows_of(data / "gsm8k/platinum.jsonl")}
+    held_out = {
+        row["question"] for name in ("platinum", "changed") for row in rows_of(data / f"gsm8k/{name}.jsonl")
+    }
     trained = {
         row["question"] for split in ("train", "valid") for row in rows_of(data / f"gsm8k/{split}.jsonl")
     }
@@ -175,10 +183,20 @@ def test_metrics_show_is_a_readable_table(small_run: Project) -> None:
     lines = small_run.run("dvc", "metrics", "show", COLUMNS="200").stdout.splitlines()
     header = lines[0].split()
     assert header[0] == "Path"
-    assert {"accuracy", "accuracy_low", "accuracy_high", "mean_at_4"} <= set(header)
-    assert len(header) <= 12, "more columns than a person can read"
+    assert {
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "mean_at_4",
+        "maj_at_4",
+        "coherent_at_4",
+        "changed",
+        "both",
+    } <= set(header)
+    assert len(header) <= 15, "more columns than a person can read"
     paths = [line.split()[0] for line in lines[1:]]
-    assert {path for path in paths if "platinum" in path} == {f"metrics/platinum/{p}.json" for p in POLICIES}
+    for kind in ("platinum", "vote"):
+        assert {path for path in paths if kind in path} == {f"metrics/{kind}/{p}.json" for p in POLICIES}
     for line in lines[1:]:
         assert len(line.split()) == len(header)
 
@@ -270,7 +288,7 @@ def test_a_stage_without_a_model_imports_no_heavy_library(copy_run: Callable[[],
     project = copy_run().cold
     for name in NO_MODEL:
         code = (
-            f"import sys; sys.argv = ['stages', {name!r}]\n"
+            f"import sys; sys.argv = ['stages', *{name.split()!r}]\n"
             "from stages.__main__ import main\n"
             "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
             "heavy = {'torch', 'transformers', 'trl', 'datasets', 'pandas', 'matplotlib'}\n"
@@ -294,7 +312,7 @@ def test_the_whole_pipeline_ran_with_the_network_cut(small_run: Project, cut: li
     """All stages ran in a network namespace without an interface, where not even this machine can be reached."""
     if not cut:
         pytest.skip("this machine does not let a user make a network namespace (unshare)")
-    assert len(list(manifests(small_run))) == 12
+    assert len(list(manifests(small_run))) == 15
     with socket.create_server(("127.0.0.1", 0)) as server:
         reach = f"socket.create_connection({server.getsockname()!r}, timeout=5)"
         up = "[name for _, name in socket.if_nameindex() if open(f'/sys/class/net/{name}/operstate').read() == 'up']"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
+EVALUATIONS = {"evaluate@base", "evaluate@sft", "evaluate@dpo"}
+VOTES = {"vote@base", "vote@sft", "vote@dpo"}
 AFTER_COHERENCE = {"preference", "dpo", "evaluate@dpo", "headline", "report"}
 
 
@@ -51,20 +53,23 @@ TINY = "profiles/tiny.yaml"
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "by", "stage"),
+    ("file", "key", "by", "stages"),
     [
-        ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, "coherence"),
-        ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, "preference"),
-        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, "rollout"),
-        (TINY, "dpo.beta", lambda x: x * 2, "dpo"),
-        (TINY, "sft.lora.r", lambda x: x * 2, "sft"),
+        ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, {"coherence", *VOTES}),
+        ("params.yaml", "regime_w.reward.kappa", lambda x: x / 2, {"coherence"}),
+        ("params.yaml", "regime_w.vote", lambda _: "s_wm", VOTES),
+        ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, {"preference"}),
+        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, {"rollout"}),
+        (TINY, "data.changed", lambda _: "all", {"prepare"}),
+        (TINY, "dpo.beta", lambda x: x * 2, {"dpo"}),
+        (TINY, "sft.lora.r", lambda x: x * 2, {"sft"}),
     ],
 )
-def test_a_parameter_reruns_its_stage(
-    project: Project, file: str, key: str, by: Callable[[Any], Any], stage: str
+def test_a_parameter_reruns_its_stages(
+    project: Project, file: str, key: str, by: Callable[[Any], Any], stages: set[str]
 ) -> None:
     change(project, file, key, by)
-    assert set(project.status()) == {stage}
+    assert set(project.status()) == stages
 
 
 def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
@@ -91,8 +96,12 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
 @pytest.mark.parametrize(
     ("file", "stages"),
     [
-        ("stages/evaluate.py", {"evaluate@base", "evaluate@sft", "evaluate@dpo"}),
-        ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference"}),
+        ("stages/evaluate.py", EVALUATIONS),
+        ("stages/regime_w/changed.py", {"prepare", "coherence", "preference", *VOTES}),
+        ("stages/stats/changed.py", {"report", *EVALUATIONS, *VOTES}),
+        ("stages/tiny/twins.py", {"prepare", "base"}),
+        ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference", *VOTES}),
+        ("stages/stats/vote.py", {"report", *VOTES}),
         ("stages/page/svg.py", {"report"}),
         ("stages/engine/load.py", set()),  # how it is run
     ],
@@ -106,7 +115,7 @@ def test_changed_code_reruns_the_stages_that_compute_with_it(
     assert set(project.status()) == stages
 
 
-def test_a_private_scorer_outside_the_tree_reruns_coherence(copy_run: Callable[[], Project]) -> None:
+def test_a_private_scorer_outside_the_tree_is_a_dependency(copy_run: Callable[[], Project]) -> None:
     """The scorer may lie anywhere. Its content is compared, and no absolute path is written down."""
     project = copy_run()
     private = project.root.parent / "private" / "scorer.py"
@@ -114,11 +123,11 @@ def test_a_private_scorer_outside_the_tree_reruns_coherence(copy_run: Callable[[
     shipped = (project.root / "stages/regime_w/signals.py").read_text(encoding="utf-8")
     private.write_text(shipped, encoding="utf-8")
     project.update("params.yaml", {"regime_w.scorer": "../private/scorer.py"})
-    assert project.repro("coherence") == ["coherence"]
+    assert set(project.repro("coherence", *sorted(VOTES))) == {"coherence", *VOTES}
     assert project.status() == {}  # the same scores: nothing follows
     private.write_text(shipped + "\n# changed\n", encoding="utf-8")
     status = project.status()
-    assert set(status) == {"coherence"}
+    assert set(status) == {"coherence", *VOTES}
     (changed,) = status["coherence"]
     assert [Path(name).name for name in changed["changed deps"]] == ["scorer.py"]
     lock = (project.root / "dvc.lock").read_text(encoding="utf-8")
@@ -137,18 +146,21 @@ def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project,
     shutil.copytree(project.root / "stages/tiny/base", model)
     own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")} | {"model": "../model"}
     project.update("params.yaml", {"own": own})
-    data, base = {"source": "files", "valid": 3}, {"source": "directory", "dtype": "float32"}
+    data, base = (
+        {"source": "files", "changed": "one", "valid": 3},
+        {"source": "directory", "dtype": "float32"},
+    )
     project.update(TINY, {"data": data, "model": base})
-    stages = ["base", "prepare"]  # DVC takes them in any order
-    assert sorted(project.repro(*stages)) == stages
+    stages = ("prepare", "base")
+    assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     with (questions / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"question": "What is 5 - 3?", "answer": "#### 2"}\n')
     (model / "remark.txt").write_text("new", encoding="utf-8")
     status = project.status()
     changed = {stage: [*status[stage][0]["changed deps"]] for stage in stages}
-    assert [Path(path).name for paths in changed.values() for path in paths] == ["model", "train.jsonl"]
-    assert sorted(project.repro(*stages)) == stages
+    assert [Path(path).name for paths in changed.values() for path in paths] == ["train.jsonl", "model"]
+    assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     project.update("params.yaml", {"own.train": "../questions/none.jsonl"})
     failed = project.run("dvc", "repro", "prepare", check=False)
@@ -171,14 +183,39 @@ def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(
     project.update("params.yaml", {"regime_w.weights": {"s_end": 0.1, "s_path": 0.1, "s_cf": 0.8}})
     plan = json.loads(project.stages("plan", "--json").stdout)
     ran = project.repro()
-    (coherence,) = plan["will_run"]
-    assert coherence["stage"] == "coherence"
+    will_run = {one["stage"]: one for one in plan["will_run"]}
+    assert set(will_run) == {"coherence", *VOTES}
+    coherence = will_run["coherence"]
     assert any("regime_w.weights.s_cf" in why and why.endswith("→ 0.8") for why in coherence["reasons"])
     assert coherence["last"]["seconds"] > 0
     assert {one["stage"] for one in plan["may_follow"]} == AFTER_COHERENCE
-    assert ran[:3] == ["coherence", "preference", "dpo"]
-    assert set(ran) <= {"coherence", *AFTER_COHERENCE}
+    assert [stage for stage in ran if stage not in VOTES][:3] == ["coherence", "preference", "dpo"]
+    assert VOTES < set(ran) <= {"coherence", *VOTES, *AFTER_COHERENCE}
     assert "report" in ran
     assert {name: (project.root / name).stat().st_mtime_ns for name in early} == times
     assert (project.root / "data/regime_w_rollouts.jsonl").read_bytes() != scored
     assert project.status() == {}
+
+
+def test_another_signal_for_the_vote_reruns_the_votes_and_the_page(copy_run: Callable[[], Project]) -> None:
+    project = copy_run()
+    elected = (project.root / "metrics/vote/sft.json").read_bytes()
+    project.update("params.yaml", {"regime_w.vote": "s_end"})
+    ran = project.repro()
+    assert set(ran) == {*VOTES, "report"}
+    assert (project.root / "metrics/vote/sft.json").read_bytes() != elected
+    few = json.loads((project.root / "metrics/vote/sft.json").read_text())
+    assert few["coherent_at_4"] == few["maj_at_4"]  # s_end is the majority
+    assert project.status() == {}
+
+
+def test_other_twins_are_asked_and_nothing_is_trained_again(copy_run: Callable[[], Project]) -> None:
+    """Twins change no training data. Without any, the metrics have none of their figures."""
+    project = copy_run()
+    project.update(TINY, {"data.changed": "none"})
+    ran = set(project.repro())
+    assert {"prepare", *EVALUATIONS} <= ran <= {"prepare", *EVALUATIONS, *VOTES, "headline", "report"}
+    few = json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    assert "accuracy" in few and not {"changed", "both", "kept"} & set(few)
+    assert '"twins"' not in (project.root / "data/platinum_eval/sft.jsonl").read_text(encoding="utf-8")
+    assert 'id="twins"' not in (project.root / "report.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from fractions import Fraction
 from math import prod
@@ -142,3 +143,26 @@ def test_soundness() -> None:
     views = group([*TEXTS, "It must be #### 10"])
     *found, golds = analyse_group(QUESTION, [*views, *group([gold])]).reasonings
     assert [judge(one, golds) for one in found] == ["sound", "sound", "lucky", "lucky", "unproven"]
+
+
+def test_texts_with_the_same_equations_score_alike_and_keep_their_places() -> None:
+    """They are re-run once; each reasoning still says where its own equations stand."""
+    rows = [
+        {"text": f"{words}<<3*4=12>>12 <<12-2=10>>10\n#### 10", "answer": "10"}
+        for words in ("", "Let us see. ")
+    ]
+    group = analyse_group(QUESTION, rows)
+    first, second = group.reasonings
+    assert first.counterfactuals == second.counterfactuals == (14, 13, 9)
+    assert first.moves == second.moves == 3
+    starts = [[equation.start for equation in one.solution.equations] for one in (first, second)]
+    assert starts[1] == [start + len("Let us see. ") for start in starts[0]]
+    other = analyse_group(QUESTION, [rows[0], {**rows[1], "answer": "12"}]).reasonings[1]
+    assert (other.answer, other.counterfactuals) == ("12", (16, 15, 12))  # another answer, another carrier
+
+
+def test_the_values_of_equal_trajectories_do_not_depend_on_their_number() -> None:
+    """Sums are exact, so that three thirds are one whole however they are grouped."""
+    rows = [{"text": text, "answer": "10"} for text in (TEXTS[0], TEXTS[2], TEXTS[2], TEXTS[2])]
+    own = [score_group(QUESTION, [rows[0], one]).s_path[0] for one in rows[1:]]
+    assert score_group(QUESTION, rows).s_path[0] == math.fsum(own) / 3

@@ -58,9 +58,10 @@ def test_right_files_are_read_as_they_stand(tmp_path: Path) -> None:
 HUB = """source: hub
   train: {id: openai/gsm8k, config: main, split: train, revision: main}
   platinum: {id: madrylab/gsm8k-platinum, config: main, split: test, revision: main}
+  changed: one
   valid: 5"""
 
-FILES = "source: files\n  train: a.jsonl\n  valid: 5"
+FILES = "source: files\n  train: a.jsonl\n  changed: one\n  valid: 5"
 
 PROFILE_MISTAKES = {
     "unknown key": (
@@ -87,12 +88,18 @@ PROFILE_MISTAKES = {
     "no source": (("  source: generated\n", ""), "data:", "data.source: is missing"),
     "key of another source": (("  train: 30", "  train: a.jsonl"), "  train:", "data.train: "),
     "a file named in the profile": (
-        ("source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", FILES),
+        (
+            "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  changed: one\n  wrong_labels: 0.1",
+            FILES,
+        ),
         "  train:",
         "data.train: name it in params.yaml, as own.train, so that DVC sees when it changes",
     ),
     "revision that can move": (
-        ("source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1", HUB),
+        (
+            "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  changed: one\n  wrong_labels: 0.1",
+            HUB,
+        ),
         "  train:",
         "data.train.revision: ",
     ),

@@ -91,8 +91,8 @@ def test_missing_files_are_all_listed(workplace: Path) -> None:
     """The table names each; the error is the first one and says there are more."""
     change(
         workplace,
-        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  wrong_labels: 0.1",
-        "source: files\n  valid: 5",
+        "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  changed: one\n  wrong_labels: 0.1",
+        "source: files\n  changed: one\n  valid: 5",
     )
     error, text = refusal()
     assert error == "own.train my.jsonl: there is no such file (and 1 more above)"
