@@ -34,7 +34,7 @@ STAGE_RUNS = ["prepare", "base", "sft", "rollout", "coherence", "preference", "d
 LIMIT = 80  # tokens; a solution of R1's takes about 50
 # Less of everything. A random model learns from few short texts only at a high rate.
 SMALL: dict[str, Any] = {
-    "data": {"source": "files", "valid": 8},
+    "data": {"source": "files", "changed": "one", "valid": 8},
     "sft.epochs": 4,
     "sft.batch": 8,
     "sft.learning_rate": 0.01,
