@@ -25,9 +25,8 @@ def load_base(folder: Path = BASE) -> tuple[Any, Any]:
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(
-            device
-        )  # first of all: else what asks for no device in particular lands on GPU 0
+        # First of all: else what asks for no device in particular lands on GPU 0.
+        torch.cuda.set_device(device)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     return model.to(device), load_tokenizer(folder)
 

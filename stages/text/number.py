@@ -380,7 +380,8 @@ def _tail(parser: _Parser) -> Literal["one", "operation", "more"]:
 def _without_noise(text: str, value: Fraction) -> Fraction:
     """A decimal with the noise of binary floats (3244047.0999999996) as the short decimal that was meant."""
     digits = re.sub("[^0-9]", "", text).lstrip("0")
-    if "." not in text or len(digits) < 16:
-        return value
+    if "." not in text or not 16 <= len(digits) <= 17 or abs(value) >= 2**53:
+        return value  # no binary float prints so
     short = Fraction(format(float(value), ".15g"))
-    return short if len(str(short.denominator)) + 3 < len(str(value.denominator)) else value
+    close = abs(short - value) * 10**14 < abs(value)
+    return short if close and len(str(short.denominator)) + 3 < len(str(value.denominator)) else value

@@ -112,6 +112,14 @@ def test_a_gold_is_one_number_with_at_most_a_unit(text: str, expected: str | Non
     assert (None if value is None else canonical(value)) == expected
 
 
+@pytest.mark.parametrize(
+    "text", ["9" * 350 + ".5", "9" * 380 + "." + "9" * 18, "1.234567890123e380", "1.234567890123e-380"]
+)
+def test_a_gold_of_any_size_is_exact(text: str) -> None:
+    """Larger and smaller ones than a float can hold; they have no noise of one."""
+    assert gold_number(text) == Fraction(text)
+
+
 def test_longest_number_is_exact() -> None:
     assert stated("9" * 399) == int("9" * 399) == exact("9" * 399)
     assert exact("9" * 400) is None
