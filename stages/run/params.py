@@ -321,7 +321,7 @@ class Dpo(Section):
     """Direct preference optimisation. `batch` is global, over all devices."""
 
     beta: Rate
-    loss_type: list[Literal["sigmoid", "sft", "ipo", "hinge"]]
+    loss_type: list[Literal["sigmoid", "sft", "ipo", "sigmoid_norm"]]
     loss_weights: list[NonNegative]
     epochs: Positive
     batch: Positive

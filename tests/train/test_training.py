@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
+from trl.trainer.utils import use_adapter
 
 from stages import dpo, sft
 from stages.engine.load import engine_around
@@ -311,7 +313,7 @@ def test_passes_take_as_many_tokens_and_a_step_its_rows(project: SimpleNamespace
     assert sorted(len(one) for one in with_long) == [1, 3]
 
 
-@pytest.mark.parametrize("loss", ["sft", "sigmoid", "ipo", "hinge", "sigmoid beside nll"])
+@pytest.mark.parametrize("loss", ["sft", "sigmoid", "ipo", "sigmoid_norm", "sigmoid beside nll"])
 def test_the_rows_of_a_pass_change_nothing_that_is_learned(
     project: SimpleNamespace, base_folder: Path, sft_adapter: Path, loss: str
 ) -> None:
@@ -447,7 +449,56 @@ def test_a_reference_that_moved_is_found(
     assert name.split(".ref.")[0] in str(found.value)
 
 
-# ---- The likelihood of the chosen answers beside the DPO loss ------------------------------------------
+# ---- Losses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm", "sft"])
+def test_each_loss_is_its_formula(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, loss: str
+) -> None:
+    """Of a policy that has moved away from its reference, computed here from log-probabilities, pair by pair.
+
+    sigmoid: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; per token: Lambert et al. 2024 (arXiv 2411.15124),
+    equation 6. ipo: Azar et al. 2023 (arXiv 2310.12036), equation 17, per token, as TRL does after asking its authors.
+    """
+    nll = float(loss == "sft")
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, nll, "sigmoid" if nll else loss)
+    if nll:
+        trainer.loss_weights = [0.0]  # as the stage has it for `loss_type: [sft]`
+    rows[0] = rows[0] | {"chosen_ids": rows[0]["chosen_ids"][:3]}  # of another length
+    torch.manual_seed(5)
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad and "lora_B" in name:
+            weight.data += 0.05 * torch.randn_like(weight)
+    trainer.model.eval()
+
+    def means(row: dict[str, list[int]], side: str) -> tuple[float, float]:
+        """The mean log-probability of a completion's tokens under policy and reference."""
+        ids, border = row["prompt_ids"] + row[side], len(row["prompt_ids"])
+        labels = torch.tensor([[-100] * border + ids[border:]])
+        found = []
+        for adapter in ("default", "ref"):
+            with torch.no_grad(), use_adapter(trainer.model, adapter_name=adapter):
+                found.append(-trainer.model(torch.tensor([ids]), labels=labels).loss.item())
+        return found[0], found[1]
+
+    wanted = []
+    for row in rows:
+        (chosen, chosen_ref), (rejected, rejected_ref) = means(row, "chosen_ids"), means(row, "rejected_ids")
+        a, b = chosen - chosen_ref, rejected - rejected_ref
+        summed = DPO.beta * (a * len(row["chosen_ids"]) - b * len(row["rejected_ids"]))
+        wanted.append(
+            {
+                "sigmoid": math.log1p(math.exp(-summed)),
+                "sigmoid_norm": math.log1p(math.exp(-DPO.beta * (a - b))),
+                "ipo": (a - b - 1 / (2 * DPO.beta)) ** 2,
+                "sft": -chosen,
+            }[loss]
+        )
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    found = trainer._compute_loss(trainer.model, inputs, False).item()
+    assert len({round(one, 4) for one in wanted}) > 1
+    assert found == pytest.approx(sum(wanted) / len(wanted), abs=2e-5)
 
 
 def test_the_nll_term_is_each_completions_own_mean_and_does_not_depend_on_micro_batches(
