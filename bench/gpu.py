@@ -99,7 +99,8 @@ TRIALS: dict[str, dict[str, Any]] = {
     "unsorted": {"unsorted": True},
     "activations kept": {"hardware": {"gradient_checkpointing": False}},
     "activations recomputed": {"hardware": {"gradient_checkpointing": True}},
-    "padding-free": {"arguments": {"padding_free": True}, "only": "sft"},
+    "padding-free": {"padding_free": True},  # bench/padding_free.py
+    "fused layers": {"fused": True},  # Liger's norms and MLP; needs the package liger-kernel
     "inputs in 32 bits": {"plain_trainer": True},
     "compiled": {"arguments": {"torch_compile": True}},
 }
@@ -199,9 +200,8 @@ def plan_parts(devices: int, trials: Sequence[str]) -> list[Part]:
             Part(f"{phase} by TRL", "train", {"phase": phase, "defaults": True, "plain_trainer": True})
         )
     for name in trials:
-        trial = TRIALS[name]
-        for phase in [trial["only"]] if "only" in trial else ["sft", "dpo"]:
-            parts.append(Part(f"{phase}, {name}", "train", {"phase": phase, **trial}, 0.8))
+        for phase in ("sft", "dpo"):
+            parts.append(Part(f"{phase}, {name}", "train", {"phase": phase, **TRIALS[name]}, 0.8))
     if devices > 1:
         on = f" on {devices}"
         plan = {"requests": {"rollouts": 1.0}, "suffix": on}
@@ -600,6 +600,12 @@ def train(run: StageRun, most_rows: int | None) -> None:
         fix_arithmetic(run.params.hardware.threads, run.params.seed)
     model, tokenizer = build_policy(run, plan["small"])
     weights = count_weights(model)
+    if plan.get("padding_free"):
+        from padding_free import without_padding
+
+        without_padding(model)
+    if plan.get("fused"):
+        fuse_layers(model)
     clock = make_clock(plan["until"])
     trainer = make_trainer(run, plan, most_rows, model, tokenizer, clock)
     trainer.remove_callback(PrinterCallback)
@@ -615,6 +621,8 @@ def train(run: StageRun, most_rows: int | None) -> None:
     if not trainer.is_world_process_zero():
         return
     tokens, squares, rows, answered, places = totals
+    if plan.get("padding_free"):
+        places = tokens
     forward, training = row_flops(weights, tokens, squares, answered)
     dpo = plan["phase"] == "dpo"
     label = f"{trainer.args.per_device_train_batch_size} rows at once, {1 - tokens / places:.0%} padding"
@@ -672,6 +680,16 @@ def make_trainer(
     as_tokens = {"_prepare_dataset": PairTrainer._prepare_dataset}
     kind = type("PlainPairTrainer", (*order, DPOTrainer), as_tokens) if plain else PairTrainer
     return kind(args=DPOConfig(**arguments), **common)
+
+
+def fuse_layers(model: Any) -> None:
+    """Compute norms and MLP of a PEFT model by Liger's kernels. Raises SystemExit without the package."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise SystemExit("fused layers need the package liger-kernel (pip install liger-kernel)") from None
+    only = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model.get_base_model(), rms_norm=True, swiglu=True, **only)
 
 
 def training_rows(phase: str, run: StageRun, small: bool) -> list[dict[str, list[int]]]:
@@ -733,9 +751,8 @@ def make_clock(until: float) -> Any:
             """Before a forward pass of the policy. One of the reference has no gradients and is not counted."""
             if not torch.is_grad_enabled():
                 return
-            mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-            borders = inputs.get("cu_seq_lens_q")  # of the rows of a padding-free batch
-            self.lengths.append((mask.sum(1) if borders is None else borders.diff()).detach())
+            labels = inputs.get("labels")
+            self.lengths.append(inputs["attention_mask"].sum(1).detach())
             self.places += inputs["input_ids"].numel()
             if labels is not None:  # else the head gets no credit
                 self.answered = self.answered + (labels != -100).sum()

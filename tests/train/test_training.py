@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from stages.policy.adapter import (
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
 from stages.run.params import Lora, Prompt, load_params
-from stages.run.paths import BASE, PAIRS, TRAIN
+from stages.run.paths import BASE, PAIRS, ROOT, TRAIN
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
 from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start
@@ -337,6 +338,65 @@ def test_the_rows_of_a_pass_change_nothing_that_is_learned(
         assert other == pytest.approx(losses[0], rel=1e-4)
         for name, weight in adapters[0].items():
             torch.testing.assert_close(adapter[name], weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_rows_end_to_end_learn_what_padded_rows_learn(
+    project: SimpleNamespace,
+    base_folder: Path,
+    sft_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    kernel: bool,
+) -> None:
+    """bench/padding_free.py, with the mask of a CPU, and with a stand-in for the kernel that only a GPU has."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    padding_free = importlib.import_module("padding_free")
+    borders_seen = []
+
+    def stand_in(
+        query: Any, key: Any, value: Any, borders: Any, borders_k: Any, *longest: int, **how: Any
+    ) -> Any:
+        assert how["window_size"] == (-1, 0) and how["enable_gqa"]
+        assert torch.equal(borders, borders_k) and borders.dtype == torch.int32
+        assert longest == (int(borders.diff().max()),) * 2 and borders[-1] == len(query) == len(key)
+        borders_seen.append(borders.tolist())
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(one[a:b].transpose(0, 1)[None] for one in (query, key, value)),
+                is_causal=True, scale=how["scale"], enable_gqa=True,
+            )[0].transpose(0, 1)
+            for a, b in pairwise(borders.tolist())
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    losses, adapters = [], []
+    for without in (False, True):
+        trainer: Any
+        if phase == "sft":
+            trainer = sft_trainer(project, base_folder)
+        else:
+            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, 0.5)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # what it drops depends on where a token lies
+        widths = []
+        if without:
+            padding_free.without_padding(trainer.model)
+            if kernel:
+                padding_free.use_kernel(trainer.model)
+            layer = trainer.model.get_base_model().base_model.layers[0]
+            layer.register_forward_pre_hook(lambda _, given, seen=widths: seen.append(given[0].shape[:2]))
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        adapters.append(adapter_weights(trainer.model))
+    assert widths and all(rows == 1 for rows, _ in widths)
+    assert bool(borders_seen) == kernel
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], weight, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
