@@ -649,7 +649,7 @@ def make_trainer(
     from stages.dpo import pair_length
     from stages.launch.attempt import fit_rows
     from stages.sft import RowTrainer
-    from stages.train.pair_trainer import PairTrainer
+    from stages.train.pair_trainer import PairTrainer, split_losses
     from stages.train.trainer import BalancedTokens, trainer_arguments, training_set
 
     phase = plan["phase"]
@@ -663,8 +663,8 @@ def make_trainer(
         fitting = fit_rows(run, spec, model, max(lengths), most_rows)
         arguments = trainer_arguments(spec, seed, model, fitting, run.work)
         if phase == "dpo":
-            arguments |= {"beta": spec.beta, "loss_type": list(spec.loss_type)}
-            arguments |= {"loss_weights": list(spec.loss_weights)}
+            losses, nll = split_losses(spec)
+            arguments |= {**losses, "beta": spec.beta}
         order = [0] * len(rows) if plan.get("unsorted") else lengths
         data = training_set(rows, order, spec, seed)
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1000}
@@ -678,8 +678,11 @@ def make_trainer(
             args=config, **common
         )
     as_tokens = {"_prepare_dataset": PairTrainer._prepare_dataset}
-    kind = type("PlainPairTrainer", (*order, DPOTrainer), as_tokens) if plain else PairTrainer
-    return kind(args=DPOConfig(**arguments), **common)
+    if plain:
+        return type("PlainPairTrainer", (*order, DPOTrainer), as_tokens)(
+            args=DPOConfig(**arguments), **common
+        )
+    return PairTrainer(args=DPOConfig(**arguments), nll=nll, **common)
 
 
 def fuse_layers(model: Any) -> None:

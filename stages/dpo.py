@@ -24,7 +24,7 @@ from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
 from stages.run.stage import StageRun, stage_run
 from stages.text.prompts import completion_ids, prompt_ids
-from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start
+from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start, split_losses
 from stages.train.selection import Selection
 from stages.train.trainer import (
     Progress,
@@ -76,7 +76,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
 
     # Model: the SFT adapter is trained further. TRL makes a frozen copy of it as the reference.
     config, trained = adapter_config(model), assert_trainable(model)
-    losses = dict(zip(spec.loss_type, spec.loss_weights, strict=True))
+    losses, nll = split_losses(spec)
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)
@@ -86,13 +86,8 @@ def train(run: StageRun, most_rows: int | None) -> None:
     with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
         trainer = PairTrainer(
             model=model,
-            args=DPOConfig(
-                **arguments,
-                beta=spec.beta,
-                loss_type=[one for one in losses if one != "sft"] or ["sigmoid"],
-                loss_weights=[weight for one, weight in losses.items() if one != "sft"] or [0.0],
-            ),
-            nll=losses.get("sft", 0.0),
+            args=DPOConfig(**arguments, **losses, beta=spec.beta),
+            nll=nll,
             train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],

@@ -12,6 +12,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from stages.policy.adapter import adapter_weights, read_adapter
+from stages.run.params import Dpo
 from stages.train.trainer import BalancedTokens, InputsAsTheyAre
 
 
@@ -63,6 +64,17 @@ class PairTrainer(BalancedTokens, InputsAsTheyAre, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+
+def split_losses(spec: Dpo) -> tuple[dict[str, Any], float]:
+    """TRL's share of the losses, as arguments of DPOConfig, and the weight of the NLL term (`sft`), which is ours.
+
+    TRL needs a loss of its own; beside the NLL term alone it is one that weighs nothing.
+    """
+    weights = dict(zip(spec.loss_type, spec.loss_weights, strict=True))
+    nll = weights.pop("sft", 0.0)
+    weights = weights or {"sigmoid": 0.0}
+    return {"loss_type": list(weights), "loss_weights": list(weights.values())}, nll
 
 
 def assert_reference(model: Any, sft_adapter: Path) -> None:

@@ -35,7 +35,7 @@ from stages.run.params import Lora, Prompt, load_params
 from stages.run.paths import BASE, PAIRS, ROOT, TRAIN
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
-from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start
+from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start, split_losses
 from stages.train.trainer import (
     InputsAsTheyAre,
     Rows,
@@ -521,10 +521,9 @@ def test_each_loss_is_its_formula(
     sigmoid: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; per token: Lambert et al. 2024 (arXiv 2411.15124),
     equation 6. ipo: Azar et al. 2023 (arXiv 2310.12036), equation 17, per token, as TRL does after asking its authors.
     """
-    nll = float(loss == "sft")
-    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, nll, "sigmoid" if nll else loss)
-    if nll:
-        trainer.loss_weights = [0.0]  # as the stage has it for `loss_type: [sft]`
+    trls, nll = split_losses(DPO.model_copy(update={"loss_type": [loss], "loss_weights": [1.0]}))
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, nll, *trls["loss_type"])
+    trainer.loss_weights = trls["loss_weights"]
     rows[0] = rows[0] | {"chosen_ids": rows[0]["chosen_ids"][:3]}  # of another length
     torch.manual_seed(5)
     for name, weight in trainer.model.named_parameters():
