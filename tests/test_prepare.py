@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from stages import prepare
-from stages.prepare import make_splits, pick_validation
+from stages.prepare import make_splits
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl
 from stages.run.params import FilesData, GeneratedData, HubData, HubDataset
-from stages.text.rows import Cleaner, Overlap
+from stages.text.rows import Cleaner, Overlap, pick_validation
 
 REPO = Path(__file__).resolve().parents[1]
 SMALL = REPO / "tests" / "small"
@@ -95,7 +95,7 @@ def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None
     assert changed["questions"] == 20 and changed["twins"] - changed["overlap_train"] == len(twins) > 10
     assert sum(changed["refused"].values()) == 20 - changed["with_twin"]
     assert {twin["of"] for twin in twins} <= {row["id"] for row in rows["platinum"]}
-    assert len(read_json(folder / "manifest.json")["outputs"]) == 5
+    assert len(read_json(folder / "manifest.json")["outputs"]) == 6
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "stale.jsonl").write_text("left over")
