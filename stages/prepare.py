@@ -136,5 +136,5 @@ def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[R
 
 
 def _generated_test(name: str, test: GeneratedTest) -> Iterator[Row]:
-    for place, problem in enumerate(problems("platinum", 0, test.events)):
+    for place, problem in enumerate(problems("platinum", 0, test.start)):
         yield {"id": f"{name}-{place:05d}", "question": problem.question, "gold": str(problem.result)}

@@ -226,11 +226,19 @@ class FileTest(Columns):
 
 
 class GeneratedTest(Section):
-    """Problems made by the generator with so many events each; those of the other splits have one or two."""
+    """Problems made by the generator whose stories start with a number of this range; elsewhere it is 5 to 30."""
 
     source: Literal["generated"]
-    events: Annotated[int, Field(ge=1, le=5)]
+    start: Annotated[list[Annotated[int, Field(ge=5, le=60)]], Field(min_length=2, max_length=2)]
     questions: Positive
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.start[0] > self.start[1]:
+            raise ValueError(
+                f"start: the range begins at {self.start[0]} and ends below it, at {self.start[1]}"
+            )
+        return self
 
 
 Test = Annotated[HubTest | FileTest | GeneratedTest, Field(discriminator="source")]

@@ -42,7 +42,7 @@ def read_rows(
         read_source(source, (*asked, wanted.answer), columns is not None)
     ):
         parts, answer = [record[one] for one in asked], record[wanted.answer]
-        if columns and isinstance(answer, int | float):
+        if columns and isinstance(answer, int | float) and not isinstance(answer, bool):
             answer = str(answer)
         if columns and counts is not None and answer == columns.skip:
             counts["skipped"] += 1

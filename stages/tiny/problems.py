@@ -285,15 +285,16 @@ def _pick(ways: dict[Way, float], rng: random.Random) -> Way:
     return rng.choices(list(ways), list(ways.values()))[0]
 
 
-def draw(rng: random.Random, told: int | None = None) -> Problem:
-    """One random problem in which every count is a positive whole number.
+def draw(rng: random.Random, between: Sequence[int] = ()) -> Problem:
+    """One random problem of two to four steps, in which every count is a positive whole number.
 
-    It has one or two events and two to four steps; with `told`, so many events.
+    With `between`, the story starts with one number in this range.
     """
     while True:
-        product = rng.random() < 0.5
-        start = (rng.randint(2, 9), rng.randint(2, 6)) if product else (rng.randint(5, 30),)
-        events = [(verb, rng.randint(2, 9)) for verb in rng.sample(VERBS, told or rng.choice((1, 2, 2)))]
+        product = not between and rng.random() < 0.5
+        single = between or (5, 30)
+        start = (rng.randint(2, 9), rng.randint(2, 6)) if product else (rng.randint(*single),)
+        events = [(verb, rng.randint(2, 9)) for verb in rng.sample(VERBS, rng.choice((1, 2, 2)))]
         if rng.random() < 0.3:
             events[rng.randrange(len(events))] = (HALF, 2)
         roll = rng.random()
@@ -306,7 +307,7 @@ def draw(rng: random.Random, told: int | None = None) -> Problem:
         )  # fmt: skip
         steps = product + len(events) + (closing != "count")
         before_last = _run(problem.first, problem.changes)
-        if not (told or 2 <= steps <= 4) or problem.result is None or before_last is None:
+        if not 2 <= steps <= 4 or problem.result is None or before_last is None:
             continue
         if closing == "worth" and before_last > MOST_WORTH:
             continue
@@ -329,12 +330,12 @@ def _others(problem: Problem, rng: random.Random) -> int:
     return rng.randint(2, 30)
 
 
-def problems(split: Split, seed: int, told: int | None = None) -> Iterator[Problem]:
-    """An endless stream of distinct problems of one split; with `told`, each has so many events."""
-    rng = random.Random(f"{seed}/{split}/{told}" if told else f"{seed}/{split}")
+def problems(split: Split, seed: int, between: Sequence[int] = ()) -> Iterator[Problem]:
+    """An endless stream of distinct problems of one split; `between` as in `draw`."""
+    rng = random.Random(f"{seed}/{split}")
     seen: set[str] = set()
     while True:
-        problem = draw(rng, told)
+        problem = draw(rng, between)
         if problem.split == split and problem.key not in seen:
             seen.add(problem.key)
             yield problem
