@@ -31,7 +31,7 @@ from stages.regime_w.signals import SIGNALS
 from stages.regime_w.voting import REACH, SHARE, Voter
 from stages.run.files import read_jsonl
 from stages.run.params import load_params
-from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL, POLICIES, VALID
+from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL, POLICIES, TESTS, VALID
 from stages.stats.one import elected, votes_of
 from stages.stats.vote import VoteSummary
 from stages.text.answers import gold_answer, read_answer, same_answer
@@ -137,6 +137,7 @@ def drawn_on_validation(samples: int) -> Iterator[tuple[str, list[dict[str, Any]
         (place / PLATINUM).parent.mkdir(parents=True)
         shutil.copy2(VALID, place / PLATINUM)
         (place / CHANGED).touch()
+        (place / TESTS).touch()
         for name in POLICIES:
             command = [sys.executable, "-m", "stages", "evaluate", name]
             done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)

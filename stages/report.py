@@ -20,16 +20,21 @@ from stages.run.paths import (
     PLATINUM_EVAL,
     POLICIES,
     POLICY_PLOT,
+    TESTS_EVAL,
     VOTE_DETAILS,
+    VOTES,
 )
 from stages.run.stage import stage_run
 from stages.stats.one import BOOTSTRAP_SEED, samples_in
-from stages.stats.paired import compare, compare_changed
+from stages.stats.paired import compare, compare_changed, compare_tests, compare_votes
 
 FIELDS: FieldTypes = {
     "id": str, "question": str, "gold": str, "completion": str, "answer": (str, type(None)), "correct": bool,
     "tokens": int, "finish": str, "leak": bool, "answers_found": int,
 }  # fmt: skip
+TEST_FIELDS: FieldTypes = {"id": str, "test": str, "completion": str, "correct": bool}
+VOTE_FIELDS: FieldTypes = {"id": str, "coherent": (float, int)}
+Table = Mapping[str, list[dict[str, Any]]]  # the rows of each policy
 PLOTTED = ("accuracy", "accuracy_low", "accuracy_high", "mean", "mean_low", "mean_high", "truncated", "leak")
 
 
@@ -46,22 +51,23 @@ def main() -> None:
     details = [PLATINUM_DETAILS / f"{name}.json" for name in evaluated]
     voted = {name: VOTE_DETAILS / f"{name}.json" for name in evaluated}
     voted = {name: path for name, path in voted.items() if path.is_file()}
-    more = [*voted.values(), *(path for path in (*SUMMARIES, *TABLES) if path.is_file())]
+    asked = [TESTS_EVAL / f"{name}.jsonl" for name in evaluated]
+    elected = [VOTES / f"{name}.jsonl" for name in evaluated]
+    more = [path for path in (*asked, *elected, *SUMMARIES, *TABLES) if path.is_file()]
     with stage_run(
         "report",
         sections=(),
-        inputs=[*evaluated.values(), *details, *more],
+        inputs=[*evaluated.values(), *details, *voted.values(), *more],
         outputs=[PAGE, COMPARISON, POLICY_PLOT],
     ) as run:
         rows = {name: list(read_jsonl(path, FIELDS)) for name, path in evaluated.items()}
+        tests = {path.stem: list(read_jsonl(path, TEST_FIELDS)) for path in asked if path in more}
+        votes = {path.stem: list(read_jsonl(path, VOTE_FIELDS)) for path in elected if path in more}
 
         # Each policy, and each pair of policies.
         policies = {name: read_json(PLATINUM_DETAILS / f"{name}.json") for name in rows}
         comparisons = {
-            f"{a}_to_{b}": {
-                **compare(rows[a], rows[b], POLICIES[a], POLICIES[b], BOOTSTRAP_SEED),
-                **compare_changed(rows[a], rows[b], (POLICIES[a], POLICIES[b]), BOOTSTRAP_SEED),
-            }
+            f"{a}_to_{b}": compare_all(a, b, rows, votes, tests)
             for a, b in (("base", "sft"), ("sft", "dpo"), ("base", "dpo"))
             if a in rows and b in rows
         }
@@ -78,6 +84,17 @@ def main() -> None:
             run.say(f"WARNING {warning}")
         verdict = "".join(f": {one['title']}, greedy: {one['greedy']}" for one in facts["verdicts"][:1])
         run.finish(f"{PAGE}{verdict}")
+
+
+def compare_all(a: str, b: str, rows: Table, votes: Table, tests: Table) -> dict[str, Any]:
+    """Policy `b` against `a`: greedy answers and samples, twins, votes, and the other test sets."""
+    names = POLICIES[a], POLICIES[b]
+    return {
+        **compare(rows[a], rows[b], *names, BOOTSTRAP_SEED),
+        **compare_changed(rows[a], rows[b], names, BOOTSTRAP_SEED),
+        **compare_votes(votes.get(a, ()), votes.get(b, ()), names, BOOTSTRAP_SEED),
+        **compare_tests(tests.get(a, ()), tests.get(b, ()), names, BOOTSTRAP_SEED),
+    }
 
 
 def write_policies(policies: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,7 +21,8 @@ from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
 from stages.stats.changed import changed_metrics
 from stages.stats.one import BOOTSTRAP_SEED, summarise
-from stages.stats.paired import compare, compare_changed
+from stages.stats.paired import compare, compare_changed, compare_tests, compare_votes
+from stages.stats.testsets import metrics_of_tests
 from stages.stats.vote import VoteSummary
 from tests.browser import CHROMIUM, Browser
 
@@ -225,6 +226,78 @@ def test_twins_are_compared_and_shown(workplace: Path) -> None:
         assert f"<td>{100 * one['difference']:+.1f} points<" in section
         assert f" {100 * one['difference']:+.1f} " in shown
     assert "Twins of 40 questions, with one number changed, in percent" in shown
+
+
+def put_tests(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Two other test sets, on one of which the later policy is worse."""
+    made = {}
+    for name, other in zip(RATES, reversed(RATES), strict=True):
+        sets = {"svamp": rows_of(name, n=30), "mine": rows_of(other, n=40)}
+        made[name] = [{"test": test, **row} for test, rows in sets.items() for row in rows]
+        write_jsonl(root / f"data/tests_eval/{name}.jsonl", made[name])
+        path = root / f"metrics/platinum_details/{name}.json"
+        write_json(path, json.loads(path.read_text()) | metrics_of_tests(made[name], 1))
+    return made
+
+
+def test_other_test_sets_are_compared_and_shown(workplace: Path) -> None:
+    """A row each below Platinum's, on the page and in the table; a loss elsewhere stands in the page's head."""
+    rows = put_tests(workplace)
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())
+    paired = compare_tests(rows["sft"], rows["dpo"], ("SFT", "DPO"), BOOTSTRAP_SEED)["tests"]
+    assert made["sft_to_dpo"]["tests"] == paired and paired["mine"]["difference"] < 0
+    page = (workplace / "report.html").read_text().replace("\u00a0", " ")
+    section = page.split('<section id="tests">')[1].split("</section>")[0]
+    assert re.findall(r'<tr><th scope="row">(\w+)</th>', section) == ["Platinum", "svamp", "mine"]
+    for test, one in paired.items():
+        assert f"<td>{100 * one['difference']:+.1f}<" in section
+        assert f"<p>SFT → DPO on {test}: {one['verdict']}.</p>" in page
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [line.split() for line in text.split("Other test sets")[1].splitlines()]
+    (line,) = [line for line in lines if line[:1] == ["mine"]]
+    accuracies = [metrics_of_tests(rows[name], 1)["tests"]["mine"]["accuracy"] for name in RATES]
+    assert [line[1], line[2], line[3], line[6]] == ["40", *(f"{100 * one:.1f}" for one in accuracies)]
+    assert line[7] == f"{100 * paired['mine']['difference']:+.1f}"
+    assert [line[0] for line in lines if line[:1] in (["Platinum"], ["svamp"], ["mine"])][0] == "Platinum"
+
+
+def test_the_table_of_test_sets_fits(workplace: Path) -> None:
+    """Also with the longest name and the widest figures."""
+    put_tests(workplace)
+    report.main()
+    name = "a-name-of-16-let"
+    step = {"difference": -0.5555, "p": 1e-9}
+    for policy in RATES:
+        path = workplace / f"metrics/platinum_details/{policy}.json"
+        wide = {"tests": {name: {"accuracy": 1.0, "questions": 10552}}}
+        write_json(path, json.loads(path.read_text()) | wide)
+    path = workplace / "metrics/comparison.json"
+    made = json.loads(path.read_text())
+    write_json(path, {key: value | {"tests": {name: step}} for key, value in made.items()})
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert re.search(name + r" +10,552 +100\.0 +100\.0 +-55\.5 +<0\.0001 +100\.0 +-55\.5 +<0\.0001", text)
+
+
+def test_votes_are_compared_from_policy_to_policy(workplace: Path) -> None:
+    """coherent@k of the same questions, paired: on the page and in the words below the table."""
+    votes = {}
+    for name in RATES:
+        put_votes(workplace, name)
+        votes[name] = [{"id": row["id"], "coherent": float(row["correct"])} for row in rows_of(name)]
+        write_jsonl(workplace / f"data/votes/{name}.jsonl", votes[name])
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]["coherent"]
+    assert made == compare_votes(votes["sft"], votes["dpo"], ("SFT", "DPO"), BOOTSTRAP_SEED)["coherent"]
+    section = (
+        (workplace / "report.html").read_text().split('aria-label="Votes, paired"')[1].split("</table>")[0]
+    )
+    assert section.count('<tr><th scope="row">') == 3
+    assert f"<td>{100 * made['difference']:+.1f} points<" in section
+    words = " ".join(table_text().split())
+    assert f"coherent@4 {100 * made['difference']:+.1f} points: {made['verdict']}" in words
 
 
 def test_the_table_of_twins_fits(workplace: Path) -> None:

@@ -81,10 +81,12 @@ def page_facts(
                 "title": titles[key],
                 "greedy": comparisons[key]["verdict"],
                 "mean": comparisons[key].get("mean_verdict"),
+                "tests": {name: one["verdict"] for name, one in comparisons[key].get("tests", {}).items()},
             }
             for key in order
         ],
         "comparisons": [{"title": titles[key], **comparisons[key]} for key in comparisons],
+        "tests": _tests(policies, comparisons),
         "votes": [
             _vote_facts(POLICIES[name], values) for name, values in votes.items() if values["questions"]
         ],
@@ -137,6 +139,25 @@ def _policy_facts(name: str, values: Row) -> dict[str, Any]:
             if key in values
         },
     }
+
+
+def _tests(policies: Mapping[str, Row], comparisons: Mapping[str, Row]) -> list[Row]:
+    """One row a test set, Platinum first: each policy's figures, and each comparison; none without other test sets."""
+    names = dict.fromkeys(name for values in policies.values() for name in values.get("tests", {}))
+    if not names:
+        return []
+    found: list[Row] = [
+        {"name": "Platinum", "policies": [*policies.values()], "steps": [*comparisons.values()]}
+    ]
+    for name in names:
+        found.append(
+            {
+                "name": name,
+                "policies": [values.get("tests", {}).get(name) for values in policies.values()],
+                "steps": [values.get("tests", {}).get(name) for values in comparisons.values()],
+            }
+        )
+    return found
 
 
 def _vote_facts(name: str, values: Row) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import UserError
@@ -64,6 +64,10 @@ def print_results(console: Console | None = None) -> None:
             words += [f"{POLICIES[before]} → {POLICIES[name]}", f"  greedy {step['verdict']}"]
             if "mean_verdict" in step:
                 words.append(f"  mean@{step['samples_b']} {step['mean_verdict']}")
+            if "coherent" in step:
+                vote = step["coherent"]
+                change = f"{100 * vote['difference']:+.1f} points"
+                words.append(f"  coherent@{step['samples_b']} {change}: {vote['verdict']}")
         warnings += health_warnings(metrics, POLICIES[name])
         before = name
 
@@ -75,6 +79,9 @@ def print_results(console: Console | None = None) -> None:
     twins = {name: metrics for name, metrics in policies.items() if "changed" in metrics}
     if twins:
         console.print(_changed_table(twins, comparisons))
+    tests = list(dict.fromkeys(name for metrics in policies.values() for name in metrics.get("tests", {})))
+    if tests:
+        console.print(_tests_table(tests, policies, comparisons))
     for line in words:
         console.print(escape(line), highlight=False)
     for line in warnings:
@@ -139,6 +146,34 @@ def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mappi
             f"{100 * metrics['kept']:.1f}" if "kept" in metrics else "",
         )
         before = name
+    return table
+
+
+def _tests_table(
+    tests: Sequence[str], policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]
+) -> Table:
+    """A row for Platinum and one for each other test set: each policy, and what changed from the one before it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    tight = (0, 1, 0, 0)  # nine columns in 80
+    title = "Other test sets, greedy, in percent"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=tight)
+    table.add_column("test set", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for place, name in enumerate(policies):
+        for column in (POLICIES[name], "change", "p") if place else (POLICIES[name],):
+            table.add_column(column, justify="right", no_wrap=True)
+    for test in ("", *tests):
+        cells, before, asked = [], "", 0
+        for name, metrics in policies.items():
+            step = comparisons.get(f"{before}_to_{name}", {})
+            if test:
+                metrics, step = metrics.get("tests", {}).get(test, {}), step.get("tests", {}).get(test, {})
+            cells.append(f"{100 * metrics['accuracy']:.1f}" if metrics else "")
+            cells += _change(step, "difference", "p") if before else []
+            asked, before = max(asked, metrics.get("questions", 0)), name
+        table.add_row(test or "Platinum", f"{asked:,}", *cells)
     return table
 
 

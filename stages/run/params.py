@@ -28,6 +28,9 @@ Changed = Literal[
     "one", "all", "none"
 ]  # twins of a Platinum question: one, one for each of its numbers, none
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a full commit hash, so that it cannot move
+TestName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,15}$")
+]  # begins ids, heads a table's row
 
 
 class Section(BaseModel):
@@ -106,6 +109,7 @@ class Own(Section):
 
     train: str
     platinum: str
+    tests: str
     model: str
 
 
@@ -187,17 +191,6 @@ class DirectoryModel(Section):
     overrides: dict[str, Any] = {}
 
 
-class GeneratedData(Section):
-    """Problems made by the generator; `wrong_labels` of the training answers are wrong on purpose."""
-
-    source: Literal["generated"]
-    train: Positive
-    valid: Positive
-    platinum: Positive
-    changed: Changed
-    wrong_labels: Share
-
-
 class HubDataset(Section):
     """One split of a dataset on the hub."""
 
@@ -207,17 +200,84 @@ class HubDataset(Section):
     revision: Revision
 
 
-class HubData(Section):
+class Columns(Section):
+    """Where a test set has its questions and golds.
+
+    Several question columns are joined by a space. `skip` is what stands for the gold of questions that have none.
+    """
+
+    question: str | Annotated[list[str], Field(min_length=1)] = "question"
+    answer: str = "answer"
+    skip: str | None = None
+
+
+class HubTest(HubDataset, Columns):
+    """A test set on the hub."""
+
+    source: Literal["hub"]
+
+
+class FileTest(Columns):
+    """A test set in a file; `path` is `file` in the folder `own.tests` of params.yaml."""
+
+    source: Literal["file"]
+    file: str
+    path: str
+
+
+class GeneratedTest(Section):
+    """Problems made by the generator whose stories start with a number of this range; elsewhere it is 5 to 30."""
+
+    source: Literal["generated"]
+    start: Annotated[list[Annotated[int, Field(ge=5, le=60)]], Field(min_length=2, max_length=2)]
+    questions: Positive
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.start[0] > self.start[1]:
+            raise ValueError(
+                f"start: the range begins at {self.start[0]} and ends below it, at {self.start[1]}"
+            )
+        return self
+
+
+Test = Annotated[HubTest | FileTest | GeneratedTest, Field(discriminator="source")]
+
+
+class Data(Section):
+    """What every kind of data has."""
+
+    changed: Changed
+    tests: dict[TestName, Test] = {}  # the test sets beside Platinum
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for name in ("train", "valid", "platinum", "changed"):
+            if name in self.tests:
+                raise ValueError(f"tests.{name}: data/gsm8k/{name}.jsonl has this name; choose another one")
+        return self
+
+
+class GeneratedData(Data):
+    """Problems made by the generator; `wrong_labels` of the training answers are wrong on purpose."""
+
+    source: Literal["generated"]
+    train: Positive
+    valid: Positive
+    platinum: Positive
+    wrong_labels: Share
+
+
+class HubData(Data):
     """Train and Platinum from the hub; validation is taken out of train."""
 
     source: Literal["hub"]
     train: HubDataset
     platinum: HubDataset
-    changed: Changed
     valid: Positive
 
 
-class FilesData(Section):
+class FilesData(Data):
     """Train and Platinum from files (`question`, `answer`), `own.train` and `own.platinum` in params.yaml.
 
     Validation is taken out of train.
@@ -226,7 +286,6 @@ class FilesData(Section):
     source: Literal["files"]
     train: str
     platinum: str
-    changed: Changed
     valid: Positive
 
 
@@ -465,6 +524,7 @@ def load_params(root: Path = Path()) -> Params:
             words = f"name it in {PARAMS}, as own.{name}, so that DVC sees when it changes"
             raise model.error((section, key), f"{section}.{key}: {words}")
         values[key] = own.get(name) if isinstance(own, dict) else None  # None: `own` itself is refused below
+    _place_tests(model, own)
     try:
         return Params.model_validate(run.values | model.values)
     except ValidationError as error:
@@ -474,11 +534,32 @@ def load_params(root: Path = Path()) -> Params:
         raise file.error(path, f"{'.'.join(map(str, path))}: {message}{others}") from None
 
 
+def _place_tests(model: _File, own: Any) -> None:
+    """Give each of the profile's test sets that is a file its path. Raises UserError for one outside `own.tests`."""
+    data = model.values.get("data")
+    tests = data.get("tests") if isinstance(data, dict) else None
+    for name, test in tests.items() if isinstance(tests, dict) else ():
+        file = test.get("file") if isinstance(test, dict) and test.get("source") == "file" else None
+        if not isinstance(file, str) or not isinstance(own, dict) or not isinstance(own.get("tests"), str):
+            continue  # refused elsewhere
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            words = (
+                f"must lie in the folder that own.tests names in {PARAMS}, so that DVC sees when it changes"
+            )
+            raise model.error(("data", "tests", name, "file"), f"data.tests.{name}.file: {words}")
+        test["path"] = (Path(own["tests"]) / file).as_posix()
+
+
 def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
     """The path of the key to change, and what is wrong with it, from one of pydantic's errors."""
     path, kind = error["loc"], error["type"]
     if path[:1] in (("model",), ("data",)):
         path = path[:1] + path[2:]  # pydantic puts the chosen `source` in between
+    if path[:2] == ("data", "tests"):
+        if path[3:] == ("[key]",):
+            name = "begins with a letter or digit and has at most 16 letters, digits, - and _"
+            return path[:3], f"a test set's name {name}"
+        path = path[:3] + path[4:]
     if kind == "value_error":  # a check over several keys begins with the one to change
         named = re.match(r"([\w.-]+): (.*)", str(error["ctx"]["error"]), re.DOTALL)
         return ((*path, *named[1].split(".")), named[2]) if named else (path, str(error["ctx"]["error"]))

@@ -19,10 +19,13 @@ TRAIN = PROBLEMS / "train.jsonl"
 VALID = PROBLEMS / "valid.jsonl"
 PLATINUM = PROBLEMS / "platinum.jsonl"
 CHANGED = PROBLEMS / "changed.jsonl"  # twins of Platinum's questions
+TESTS = PROBLEMS / "tests.jsonl"  # the other test sets (`data.tests`), all in one
 ROLLOUTS = Path("data/rollouts.jsonl")
 SCORED = Path("data/regime_w_rollouts.jsonl")
 PAIRS = Path("data/coherence_preferences.jsonl")
 PLATINUM_EVAL = Path("data/platinum_eval")  # <policy>.jsonl: the answers of each policy
+VOTES = Path("data/votes")  # <policy>.jsonl: what the samples of each question elected
+TESTS_EVAL = Path("data/tests_eval")  # <policy>.jsonl: the same for the other test sets
 
 # Checkpoints
 SHIPPED = ROOT / "stages/tiny/base"  # the base model that lies in this repository

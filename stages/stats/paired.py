@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from stages.run.errors import UserError
 from stages.stats.changed import questions_right, twins_right
 from stages.stats.one import Row, bootstrap_interval, count_right, interval_keys, one_size, samples_of
+from stages.stats.testsets import by_test
 
 ALPHA = 0.05
 POWER = 0.8
 SHARES = 720_720  # divides by every number up to 16
-CHANGED_KEYS = ("difference", "difference_low", "difference_high", "p", "smallest_visible", "verdict")
+STEP_KEYS = ("difference", "difference_low", "difference_high", "p", "smallest_visible", "verdict")
 SAME = "no difference can be seen: every question scored the same"
 
 
@@ -279,5 +280,33 @@ def compare_changed(
             )
         else:
             compared = paired_rates(before, after, names, seed)
-        out[name] = {"questions": len(pairs), **{key: compared[key] for key in CHANGED_KEYS}}
+        out[name] = {"questions": len(pairs), **{key: compared[key] for key in STEP_KEYS}}
     return out
+
+
+def compare_tests(
+    a_rows: Sequence[Row], b_rows: Sequence[Row], names: tuple[str, str], seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The paired comparison of two policies, b minus a, on each test set that both answered; nothing without one.
+
+    `{"tests": {"svamp": {...}}}`; `p` is that of the exact McNemar test.
+    """
+    first, second = by_test(a_rows), by_test(b_rows)
+    keys = ("questions", "accuracy_a", "accuracy_b", "gained", "lost", *STEP_KEYS)
+    found = {name: compare(first[name], rows, *names, seed) for name, rows in second.items() if name in first}
+    return {"tests": {name: {key: one[key] for key in keys} for name, one in found.items()}} if found else {}
+
+
+def compare_votes(
+    a_rows: Sequence[Row], b_rows: Sequence[Row], names: tuple[str, str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """The paired comparison of two policies, b minus a, by coherent@k; nothing without questions that both voted on.
+
+    `{"coherent": {...}}`; a row is one of `data/votes/<policy>.jsonl`, and `p` is that of the sign-flip test.
+    """
+    before = {row["id"]: row["coherent"] for row in a_rows}
+    pairs = [(before[row["id"]], row["coherent"]) for row in b_rows if row["id"] in before]
+    if not pairs:
+        return {}
+    compared = paired_rates([a for a, _ in pairs], [b for _, b in pairs], names, seed)
+    return {"coherent": {"questions": len(pairs), **compared}}

@@ -30,6 +30,7 @@ from stages.run.params import (
     DirectoryModel,
     Dpo,
     FilesData,
+    FileTest,
     HubModel,
     Params,
     Sft,
@@ -103,6 +104,12 @@ def _files(params: Params) -> Iterator[tuple[str, str]]:
         for name in ("train", "platinum"):
             path = Path(getattr(params.data, name))
             yield f"own.{name} {path}", "" if path.is_file() else "there is no such file"
+    for name, test in params.data.tests.items():
+        if isinstance(test, FileTest):
+            yield (
+                f"data.tests.{name} {test.path}",
+                "" if Path(test.path).is_file() else "there is no such file",
+            )
 
 
 def _model(

@@ -31,7 +31,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 # Less of everything, but enough for pairs of both kinds.
 SMALL: dict[str, dict[str, Any]] = {
-    "data": {"train": 150, "valid": 30, "platinum": 60},
+    "data": {"train": 150, "valid": 30, "platinum": 60, "tests": {"larger": {"questions": 12}}},
     "sft": {"examples": 120, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "checkpoint_steps": 10},
     "rollout": {"questions": 50},
     "dpo": {

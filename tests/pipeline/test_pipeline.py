@@ -104,6 +104,9 @@ def test_row_counts_follow_the_parameters(small_run: Project) -> None:
         twins = rows_of(data / "gsm8k/changed.jsonl")
         asked = [(twin["id"], twin["question"], twin["gold"]) for row in rows for twin in row["twins"]]
         assert asked == [(twin["id"], twin["question"], twin["gold"]) for twin in twins] != []
+        asked = [(row["id"], row["test"]) for row in rows_of(data / f"tests_eval/{policy}.jsonl")]
+        assert asked == [(row["id"], row["test"]) for row in rows_of(data / "gsm8k/tests.jsonl")] != []
+        assert [row["id"] for row in rows_of(data / f"votes/{policy}.jsonl")] == [row["id"] for row in rows]
 
 
 def test_records_have_the_documented_fields_in_order(small_run: Project) -> None:
@@ -122,6 +125,8 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
     ]  # fmt: skip
     twin = next(twin for row in rows_of(data / "platinum_eval/dpo.jsonl") for twin in row["twins"])
     assert list(twin) == ["id", "question", "gold", "completion", "answer", "correct", "tokens", "finish"]
+    other = rows_of(data / "tests_eval/dpo.jsonl")[0]
+    assert list(other) == ["test", *(name for name in evaluated if name not in ("samples", "twins"))]
     assert list(evaluated["samples"][0]) == ["completion", "answer", "correct", "tokens", "finish", "logprob"]
     pair = rows_of(data / "coherence_preferences.jsonl")[0]
     assert list(pair)[:13] == [
@@ -133,7 +138,9 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
 def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
     data = small_run.root / "data"
     held_out = {
-        row["question"] for name in ("platinum", "changed") for row in rows_of(data / f"gsm8k/{name}.jsonl")
+        row["question"]
+        for name in ("platinum", "changed", "tests")
+        for row in rows_of(data / f"gsm8k/{name}.jsonl")
     }
     trained = {
         row["question"] for split in ("train", "valid") for row in rows_of(data / f"gsm8k/{split}.jsonl")

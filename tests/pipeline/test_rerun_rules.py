@@ -61,6 +61,7 @@ TINY = "profiles/tiny.yaml"
         ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, {"preference"}),
         (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, {"rollout"}),
         (TINY, "data.changed", lambda _: "all", {"prepare"}),
+        (TINY, "data.tests.*.questions", lambda x: x + 1, {"prepare"}),
         (TINY, "dpo.beta", lambda x: x * 2, {"dpo"}),
         (TINY, "sft.lora.r", lambda x: x * 2, {"sft"}),
     ],
@@ -100,6 +101,8 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
         ("stages/regime_w/changed.py", {"prepare", "coherence", "preference", *VOTES}),
         ("stages/stats/changed.py", {"report", *EVALUATIONS, *VOTES}),
         ("stages/tiny/twins.py", {"prepare", "base"}),
+        ("stages/text/testsets.py", {"prepare", *EVALUATIONS}),
+        ("stages/stats/testsets.py", {"report", *EVALUATIONS, *VOTES}),
         ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference", *VOTES}),
         ("stages/stats/vote.py", {"report", *VOTES}),
         ("stages/page/svg.py", {"report"}),
@@ -143,23 +146,26 @@ def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project,
     questions.mkdir()
     for name in ("train", "platinum"):
         shutil.copy(project.root / "examples" / f"{name}.jsonl", questions)
+    shutil.copytree(project.root / "examples/tests", questions / "tests")
     shutil.copytree(project.root / "stages/tiny/base", model)
-    own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")} | {"model": "../model"}
-    project.update("params.yaml", {"own": own})
-    data, base = (
-        {"source": "files", "changed": "one", "valid": 3},
-        {"source": "directory", "dtype": "float32"},
-    )
+    own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")}
+    project.update("params.yaml", {"own": own | {"tests": "../questions/tests", "model": "../model"}})
+    daily = {"source": "file", "file": "daily.csv", "question": ["Body", "Question"], "answer": "Answer"}
+    data = {"source": "files", "changed": "one", "tests": {"daily": daily}, "valid": 3}
+    base = {"source": "directory", "dtype": "float32"}
     project.update(TINY, {"data": data, "model": base})
     stages = ("prepare", "base")
     assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     with (questions / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"question": "What is 5 - 3?", "answer": "#### 2"}\n')
+    with (questions / "tests/daily.csv").open("a", encoding="utf-8") as file:
+        file.write("Tom has 7 hens.,How many hens?,7\n")
     (model / "remark.txt").write_text("new", encoding="utf-8")
     status = project.status()
     changed = {stage: [*status[stage][0]["changed deps"]] for stage in stages}
-    assert [Path(path).name for paths in changed.values() for path in paths] == ["train.jsonl", "model"]
+    names = [Path(path).name for paths in changed.values() for path in paths]
+    assert names == ["train.jsonl", "tests", "model"]
     assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     project.update("params.yaml", {"own.train": "../questions/none.jsonl"})
@@ -219,3 +225,17 @@ def test_other_twins_are_asked_and_nothing_is_trained_again(copy_run: Callable[[
     assert "accuracy" in few and not {"changed", "both", "kept"} & set(few)
     assert '"twins"' not in (project.root / "data/platinum_eval/sft.jsonl").read_text(encoding="utf-8")
     assert 'id="twins"' not in (project.root / "report.html").read_text(encoding="utf-8")
+
+
+def test_other_test_sets_are_asked_and_nothing_is_trained_again(copy_run: Callable[[], Project]) -> None:
+    """Test sets change no training data. Without any, the metrics and the page have none of their figures."""
+    project = copy_run()
+    few = json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    assert list(few["tests"]) == ["larger"]
+    assert 'id="tests"' in (project.root / "report.html").read_text(encoding="utf-8")
+    project.update(TINY, {"data.tests": {}})
+    ran = set(project.repro())
+    assert ran == {"prepare", *EVALUATIONS, "headline", "report"}  # the samples are the same: no vote
+    assert "tests" not in json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    assert (project.root / "data/tests_eval/sft.jsonl").read_bytes() == b""
+    assert 'id="tests"' not in (project.root / "report.html").read_text(encoding="utf-8")

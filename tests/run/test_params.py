@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.run.errors import UserError
-from stages.run.params import BuiltModel, GeneratedData, Sections, load_params
+from stages.run.params import BuiltModel, FileTest, GeneratedData, Sections, load_params
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
 RUN = (SMALL / "params.yaml").read_text()
@@ -53,6 +53,15 @@ def test_right_files_are_read_as_they_stand(tmp_path: Path) -> None:
     assert isinstance(params.model, BuiltModel) and isinstance(params.data, GeneratedData)
     assert params.sft.learning_rate == 0.0005
     assert list(params.rollout.arms) == ["one", "two"]
+
+
+def test_a_test_sets_path_counts_from_own_tests(tmp_path: Path) -> None:
+    """Several columns may hold the question."""
+    sets = "tests:\n    a: {source: file, file: b/a.csv, question: [Body, Question]}"
+    params = load_params(write(tmp_path, profile=change(PROFILE, "changed: one", f"changed: one\n  {sets}")))
+    test = params.data.tests["a"]
+    assert isinstance(test, FileTest)
+    assert (test.path, test.question, test.answer) == ("tests/b/a.csv", ["Body", "Question"], "answer")
 
 
 HUB = """source: hub
@@ -166,6 +175,52 @@ PROFILE_MISTAKES = {
         "dpo.select_steps: ",
     ),
     "a run's section": (("data:\n", "seed: 4\ndata:\n"), "seed:", "'seed' belongs in params.yaml"),
+    "a test set's bad name": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    my set: {source: file, file: a.jsonl}"),
+        "    my set:",
+        "data.tests.my set: a test set's name begins with a letter or digit",
+    ),
+    "a test set named as a file": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    platinum: {source: file, file: a.jsonl}"),
+        "    platinum:",
+        "data.tests.platinum: data/gsm8k/platinum.jsonl has this name; choose another one",
+    ),
+    "two test sets of one name": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: file, file: a.jsonl}\n    a: 5"),
+        "    a: 5",
+        "not valid YAML",
+    ),
+    "a test set's unknown source": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: files, file: a.jsonl}"),
+        "    a:",
+        "data.tests.a.source: 'files' is unknown; choose one of 'hub', 'file', 'generated'",
+    ),
+    "a test set's unknown key": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: file, file: a.jsonl, gold: x}"),
+        "    a:",
+        "data.tests.a.gold: unknown key",
+    ),
+    "a test set's revision that can move": (
+        (
+            "wrong_labels: 0.1",
+            "wrong_labels: 0.1\n  tests:\n    a: {source: hub, id: b/c, config: d, split: test, revision: main}",
+        ),
+        "    a:",
+        "data.tests.a.revision: ",
+    ),
+    "a test set outside its folder": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: file, file: ../a.jsonl}"),
+        "    a:",
+        "data.tests.a.file: must lie in the folder that own.tests names in params.yaml",
+    ),
+    "a range that ends before it begins": (
+        (
+            "wrong_labels: 0.1",
+            "wrong_labels: 0.1\n  tests:\n    a: {source: generated, start: [50, 40], questions: 9}",
+        ),
+        "    a:",
+        "data.tests.a.start: the range begins at 50 and ends below it, at 40",
+    ),
     "the same key twice": (("  epochs: 1\n", "  epochs: 1\n  epochs: 2\n"), "  epochs: 2", "not valid YAML"),
 }
 
@@ -176,7 +231,7 @@ def test_mistake_in_profile(tmp_path: Path, name: str) -> None:
     pairs, line, words = PROFILE_MISTAKES[name]
     profile = change(PROFILE, *pairs)
     message = refusal(write(tmp_path, profile=profile))
-    assert message.startswith("profiles/small.yaml:") or name == "the same key twice"
+    assert message.startswith("profiles/small.yaml:") or words == "not valid YAML"
     assert words in message
     if line:
         assert f"profiles/small.yaml:{line_of(profile, line)}: " in message
