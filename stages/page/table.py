@@ -9,7 +9,7 @@ from stages.run.errors import UserError
 from stages.run.files import read_json
 from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
 from stages.stats.one import health_warnings, samples_in
-from stages.stats.paired import p_words
+from stages.stats.p_value import p_words
 
 if TYPE_CHECKING:
     from rich.console import Console
