@@ -80,5 +80,7 @@ def visible_difference(questions: int, changing: float, level: float, looks: int
         return None
     while high - low > 1e-4:
         middle = (low + high) / 2
-        low, high = (low, middle) if questions_needed(middle, changing, level, looks) <= questions else (middle, high)
+        low, high = (
+            (low, middle) if questions_needed(middle, changing, level, looks) <= questions else (middle, high)
+        )
     return high
