@@ -114,10 +114,10 @@ def train(run: StageRun, most_rows: int | None) -> None:
     if not trainer.is_world_process_zero():
         return
     write_curve(trainer.state.log_history, CURVE_COLUMNS, DPO_CURVE)
-    judged = selection.write(DPO_ADAPTER, DPO_SELECTION, KEPT / "dpo.json")
+    judged = selection.write(DPO_ADAPTER, DPO_SELECTION, KEPT / "dpo.json", "the SFT adapter")
     run.finish(
         f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; "
-        f"{kept_words(judged, 'the SFT adapter')}"
+        f"{kept_words(judged)}"
     )
 
 

@@ -15,6 +15,7 @@ from stages.run.errors import UserError
 from stages.run.files import FieldTypes, atomic_write, read_json, read_jsonl, write_json
 from stages.run.paths import (
     COMPARISON,
+    KEPT,
     PAGE,
     PLATINUM_DETAILS,
     PLATINUM_EVAL,
@@ -46,7 +47,8 @@ def main() -> None:
     details = [PLATINUM_DETAILS / f"{name}.json" for name in evaluated]
     voted = {name: VOTE_DETAILS / f"{name}.json" for name in evaluated}
     voted = {name: path for name, path in voted.items() if path.is_file()}
-    more = [*voted.values(), *(path for path in (*SUMMARIES, *TABLES) if path.is_file())]
+    kept = [KEPT / f"{name}.json" for name in POLICIES]
+    more = [*voted.values(), *(path for path in (*SUMMARIES, *TABLES, *kept) if path.is_file())]
     with stage_run(
         "report",
         sections=(),
@@ -74,7 +76,7 @@ def main() -> None:
         )
         with atomic_write(PAGE) as file:
             file.write(render(facts))
-        for warning in [*facts["warnings"], *facts["disagreements"]]:
+        for warning in [*facts["unchanged"], *facts["warnings"], *facts["disagreements"]]:
             run.say(f"WARNING {warning}")
         verdict = "".join(f": {one['title']}, greedy: {one['greedy']}" for one in facts["verdicts"][:1])
         run.finish(f"{PAGE}{verdict}")

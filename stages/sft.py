@@ -117,11 +117,11 @@ def train(run: StageRun, most_rows: int | None) -> None:
     if not trainer.is_world_process_zero():
         return
     write_curve(trainer.state.log_history, CURVE_COLUMNS, SFT_CURVE)
-    judged = selection.write(SFT_ADAPTER, SFT_SELECTION, KEPT / "sft.json")
+    judged = selection.write(SFT_ADAPTER, SFT_SELECTION, KEPT / "sft.json", "the base policy")
     skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
     run.finish(
         f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}; "
-        f"{kept_words(judged, 'the base policy')}"
+        f"{kept_words(judged)}"
     )
 
 

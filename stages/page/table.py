@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stages.page.facts import read_kept
 from stages.run.errors import UserError
 from stages.run.files import read_json
 from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
+from stages.stats.looks import LUCK, kept_words
 from stages.stats.one import health_warnings, samples_in
 from stages.stats.p_value import p_words
 
@@ -46,12 +48,14 @@ def print_results(console: Console | None = None) -> None:
         table.add_column("p", justify="right", no_wrap=True)
 
     before = ""
+    kept = read_kept()
     words, warnings = [], []
     for name, metrics in policies.items():
         step = comparisons.get(f"{before}_to_{name}", {})
         accuracy, low, high = (100 * metrics[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        unchanged = name in kept and not kept[name]["kept"]
         cells = [
-            POLICIES[name],
+            f"{POLICIES[name]}, step 0" if unchanged else POLICIES[name],
             f"{accuracy:.1f} % ({low:.1f}–{high:.1f})",
             *_change(step, "difference", "p"),
         ]
@@ -77,6 +81,11 @@ def print_results(console: Console | None = None) -> None:
         console.print(_changed_table(twins, comparisons))
     for line in words:
         console.print(escape(line), highlight=False)
+    for name, judged in kept.items():
+        line = escape(f"{POLICIES[name]} {kept_words(judged)}.")
+        console.print(line if judged["kept"] else f"[bold red]WARNING[/bold red] {line}", highlight=False)
+    if kept:
+        console.print(LUCK, style="dim", highlight=False)
     for line in warnings:
         console.print(f"[bold red]WARNING[/bold red] {escape(line)}", highlight=False)
     console.print("\nWhere to look next", style="bold")

@@ -25,8 +25,8 @@ def judge(scores: Mapping[int, Sequence[int]], most: int, level: float) -> dict[
     against step 0, times the number of looks after step 0 (Bonferroni). If no step is better than step 0, another one
     is kept at most with probability `level`, however alike the looks are. A level of 1 always keeps the best.
 
-    Keys: kept, best (of the steps after 0), last, looks (after 0), questions, level, start and score (means in [0, 1]
-    at step 0 and at the best step), difference, p.
+    Keys: kept, best (of the steps after 0), last, looks (after 0), questions, level, score_start and score_best (means
+    in [0, 1], of step 0 and of the best step), difference, p.
     """
     start = scores[0]
     later = {step: sum(values) for step, values in scores.items() if step}
@@ -41,22 +41,22 @@ def judge(scores: Mapping[int, Sequence[int]], most: int, level: float) -> dict[
         "looks": len(later),
         "questions": len(start),
         "level": level,
-        "start": sum(start) / unit,
-        "score": later[best] / unit,
+        "score_start": sum(start) / unit,
+        "score_best": later[best] / unit,
         "difference": sum(changes) / unit,
         "p": p,
     }
 
 
-def kept_words(judged: Mapping[str, Any], start: str) -> str:
-    """What `judge` found, in one clause. `start` names the policy of step 0."""
+def kept_words(judged: Mapping[str, Any]) -> str:
+    """What `judge` found, in one clause; `judged["start"]` names the policy of step 0."""
     looks = f"the best of {judged['looks']} looks" if judged["looks"] > 1 else "the only look"
-    scores = f"{100 * judged['start']:.1f} → {100 * judged['score']:.1f} %"
+    scores = f"{100 * judged['score_start']:.1f} → {100 * judged['score_best']:.1f} %"
     found = f"{scores} of {judged['questions']} validation questions, {p_words(judged['p'])}"
     if judged["kept"]:
         return f"kept step {judged['kept']} of {judged['last']}, {looks}: {found}"
     return (
-        f"KEPT STEP 0, {start}: no step is better on validation at level {judged['level']:g}; "
+        f"KEPT STEP 0, {judged['start']}: no step is better on validation at level {judged['level']:g}; "
         f"step {judged['best']}, {looks}: {found}"
     )
 

@@ -83,10 +83,13 @@ class Selection(TrainerCallback):
                     save_adapter(adapter_weights(model), self.config, folder)
             write_json(self.rows_file, [self.rows[key] for key in sorted(self.rows)])
 
-    def write(self, adapter: Path, curve: Path, kept: Path) -> dict[str, Any]:
-        """Write the adapter of the step that is kept, the curve, and why it is kept; returns the last."""
+    def write(self, adapter: Path, curve: Path, kept: Path, start: str) -> dict[str, Any]:
+        """Write the adapter of the step that is kept, the curve, and why it is kept; returns the last.
+
+        `start` names the policy of step 0.
+        """
         scores = {step: self._scores(self.rows[step]) for step in sorted(self.rows)}
-        judged = judge(scores, self._most, self.spec.level) | {"samples": self.spec.samples}
+        judged = judge(scores, self._most, self.spec.level) | {"start": start}
         count, samples = len(self.problems), self.spec.samples
         with atomic_write(curve) as file:
             file.write("step,valid_accuracy,valid_mean,score\n")

@@ -43,9 +43,9 @@ CHANGES = {
     "examples: 20": f"examples: {8 * STEPS}",
     "checkpoint_steps: 10": "checkpoint_steps: 2",
     "dropout: 0.05": "dropout: 0.0",  # what it draws depends on the rows of a pass
-    "select_steps: 20": "select_steps: 100",
-    "select_questions: 5": "select_questions: 1",
-    "select_max_new_tokens: 64": "select_max_new_tokens: 4",
+    "steps: 10, questions: 5": "steps: 100, questions: 1",  # sft
+    "steps: 20, questions: 5": "steps: 100, questions: 1",  # dpo
+    "max_new_tokens: 64, level: 0.05": "max_new_tokens: 4, level: 1.0",
 }
 
 

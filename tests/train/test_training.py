@@ -55,7 +55,7 @@ LORA = Lora(r=4, alpha=8, dropout=0.05)
 SFT = load_params(SMALL).sft.model_copy(
     update={**TRAINING, "examples": None, "styles": ["plain", "short"], "lora": LORA}
 )
-DPO = load_params(SMALL).dpo.model_copy(update={**TRAINING, "select_steps": 100})
+DPO = load_params(SMALL).dpo.model_copy(update=TRAINING)
 TWO_ROWS = Rows(micro_batch=2, accumulation=2, checkpointing=False)
 PROBLEMS = [
     {"question": f"Ann has {a} pens and gets {b}. How many?", "solution": f"{a}+{b}={a + b}.\n#### {a + b}"}
