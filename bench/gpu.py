@@ -14,7 +14,7 @@ Each part runs in a process of its own, so that its memory is its own and a fail
 - generation: rollouts and the greedy evaluation by one engine (--engine), after a warm-up. The time that the engine
   takes to start is not in the rate; it is given beside it. When a part's time runs out before its requests are done,
   the rate is that of the completions after the first quarter of the time.
-- selection: the answers by which SFT and DPO choose their steps, by the engine that generates while a model is in training.
+- selection: the answers by which SFT and DPO choose their steps, by the engine that generates while a model trains.
 - generate: rollouts and evaluation by `model.generate`, 32 rows at a time in their own order, each batch going on until
   its longest answer is done. Only tokens up to each row's limit count. Some of the requests, scaled by tokens.
 - sft, dpo: the trainers and arguments of the stages, after 2 warm-up steps. The loss and its FLOPs count real tokens,
