@@ -37,8 +37,10 @@ def print_results(console: Console | None = None) -> None:
     k = max(samples_in(metrics) for metrics in policies.values())
 
     title = f"Platinum test set, {max(metrics['questions'] for metrics in policies.values()):,} questions"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("policy")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("policy", no_wrap=True)
     table.add_column("greedy (95 %)", justify="right", no_wrap=True)
     table.add_column("change", justify="right", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)

@@ -518,7 +518,7 @@ class Answers:
 def test_the_zero_step_answers_as_the_base_and_can_be_trained(
     project: SimpleNamespace, base_folder: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    """No answer is right, so SFT keeps step 0: B is zero, every token and log-probability is the base's, A is not."""
+    """No answer is right, so SFT keeps step 0: B is zero, A is not, and each answer is the base's."""
     base = tmp_path / "base"
     model, tokenizer = load_base(base_folder)
     model.to(dtype).save_pretrained(base)
@@ -542,7 +542,9 @@ def test_the_zero_step_answers_as_the_base_and_can_be_trained(
     def answers(folder: Path | None) -> list[Completion]:
         return sorted(real_engine(load_policy(folder, base)[0]).generate(requests), key=lambda one: one.id)
 
-    assert answers(adapter) == answers(None)
+    for one, other in zip(answers(adapter), answers(None), strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprob == pytest.approx(other.logprob, rel=1e-6)  # rounding; stages fix MKL's (MKL_CBWR)
     further, _ = dpo_trainer(project, base, adapter)
     further.train()
     assert all(weight.any() for weight in adapter_weights(further.model).values())
