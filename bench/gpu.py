@@ -14,7 +14,7 @@ Each part runs in a process of its own, so that its memory is its own and a fail
 - generation: rollouts and the greedy evaluation by one engine (--engine), after a warm-up. The time that the engine
   takes to start is not in the rate; it is given beside it. When a part's time runs out before its requests are done,
   the rate is that of the completions after the first quarter of the time.
-- selection: the answers by which DPO chooses its step, by the engine that generates while a model is in training.
+- selection: the answers by which SFT and DPO choose their steps, by the engine that generates while a model trains.
 - generate: rollouts and evaluation by `model.generate`, 32 rows at a time in their own order, each batch going on until
   its longest answer is done. Only tokens up to each row's limit count. Some of the requests, scaled by tokens.
 - sft, dpo: the trainers and arguments of the stages, after 2 warm-up steps. The loss and its FLOPs count real tokens,
@@ -180,7 +180,13 @@ def prepare_place(place: Path, small: bool, engine: str) -> Path:
     changes = [f"hardware.engine={engine}"]
     if small:
         changes += ["hardware.threads=1", "hardware.processes=1", "hardware.generation_batch=64"]
-        changes += ["sft.batch=16", "dpo.batch=16", "rollout.questions=4", "dpo.select_questions=8"]
+        changes += [
+            "sft.batch=16",
+            "dpo.batch=16",
+            "rollout.questions=4",
+            "sft.select.questions=8",
+            "dpo.select.questions=8",
+        ]
     change(place / "profiles" / "abel-7b.yaml", changes)
     return place
 
@@ -274,7 +280,7 @@ def table(results: dict[str, Result], chip: Result, params: Params) -> tuple[lis
         (f"{rollouts:,} rollouts, s", "whole", "rollouts", other["rollouts"]),
         ("greedy evaluation, tokens/s", "rate", "evaluation", other["evaluation"]),
         ("greedy evaluation, s", "whole", "evaluation", other["evaluation"]),
-        ("answers while DPO trains, tokens/s", "rate", "selection", other["selection"]),
+        ("answers in training, tokens/s", "rate", "selection", other["selection"]),
         ("SFT, tokens/s", "rate", "sft", other["sft"]),
         ("SFT, share of the matmul rate", "share", "sft", other["sft"]),
         ("DPO, pairs/s", "rate", "dpo", other["dpo"]),
@@ -320,9 +326,11 @@ def project(results: dict[str, Result], params: Params) -> Result:
     }
     kinds = (params.preference.correctness, params.preference.coherence)
     pairs = params.rollout.questions * sum(kind.per_question for kind in kinds)
-    steps = math.ceil(pairs / params.dpo.batch) * params.dpo.epochs
-    looks = 1 + math.ceil(steps / params.dpo.select_steps)
-    answers["selection"] = looks * params.dpo.select_questions * (1 + params.dpo.select_samples)
+    answers["selection"] = 0
+    for rows, spec in ((EXAMPLES, params.sft), (pairs, params.dpo)):
+        steps = math.ceil(rows / spec.batch) * spec.epochs
+        looks = 1 + math.ceil(steps / spec.select.steps)
+        answers["selection"] += looks * spec.select.questions * (1 + spec.select.samples)
     seconds = {name: count * ANSWER_TOKENS / results[name]["rate"] for name, count in answers.items()}
     tokens = EXAMPLES * params.sft.epochs * (average("prompt") + average("answer"))
     seconds["sft"] = tokens / results["sft"]["rate"]
@@ -457,7 +465,7 @@ def build_policy(run: StageRun, small: bool) -> tuple[Any, Any]:
 
 
 def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
-    """The requests of a whole rollout, greedy evaluation, or look of DPO's selection."""
+    """The requests of a whole rollout, greedy evaluation, or look at DPO's step."""
     params = run.params
     rng = random.Random(f"{params.seed}/{kind}")
     requests: list[Request] = []
@@ -478,9 +486,9 @@ def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
         for question in range(24 if small else PLATINUM):
             add(f"{question}/greedy", prompt(), 0.0)
     else:
-        for question in range(params.dpo.select_questions):
+        for question in range(params.dpo.select.questions):
             words = prompt()
-            for k in range(params.dpo.select_samples + 1):
+            for k in range(params.dpo.select.samples + 1):
                 add(f"{question}/{k}", words, 1.0 if k else 0.0)
     return requests
 

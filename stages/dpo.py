@@ -1,8 +1,8 @@
 """Direct preference optimisation of the SFT adapter. Generated answers decide which checkpoint is kept.
 
 The policy and its frozen reference both start as the SFT adapter (loss log 2 = 0.693 at step 0). TRL's own
-"reward accuracy" can rise while the answers get worse. So every `select_steps` the policy answers validation problems,
-and the step with the best score is kept. Step 0, the SFT adapter itself, is a candidate too.
+"reward accuracy" can rise while the answers get worse. So every `select.steps` the policy answers validation problems,
+and the step with the best score is kept if it is really better than step 0, the SFT adapter itself.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PrinterCallback
 from trl import DPOConfig
 
 from stages.engine.load import engine_around
 from stages.launch.attempt import fit_rows
 from stages.launch.training import train_everywhere
-from stages.policy.adapter import adapter_config, load_policy, read_adapter, save_adapter
+from stages.policy.adapter import adapter_config, load_policy
 from stages.run.errors import UserError
-from stages.run.files import atomic_folder, read_jsonl
-from stages.run.paths import BASE, DPO_ADAPTER, DPO_CURVE, DPO_SELECTION, PAIRS, SFT_ADAPTER, VALID
+from stages.run.files import read_jsonl
+from stages.run.paths import BASE, DPO_ADAPTER, DPO_CURVE, DPO_SELECTION, KEPT, PAIRS, SFT_ADAPTER, VALID
 from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
 from stages.run.stage import StageRun, stage_run
+from stages.stats.looks import kept_words
 from stages.text.prompts import completion_ids, prompt_ids
 from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start, split_losses
 from stages.train.selection import Selection
@@ -52,7 +52,7 @@ def main() -> None:
         "dpo",
         sections=("dpo", "prompt", "seed"),
         inputs=[PAIRS, VALID, BASE, SFT_ADAPTER],
-        outputs=[DPO_ADAPTER, DPO_CURVE, DPO_SELECTION],
+        outputs=[DPO_ADAPTER, DPO_CURVE, DPO_SELECTION, KEPT / "dpo.json"],
     ) as run:
         train_everywhere("stages.dpo:train", run, run.params.dpo.batch)
 
@@ -96,25 +96,23 @@ def train(run: StageRun, most_rows: int | None) -> None:
         assert_reference(model, SFT_ADAPTER)
         assert_same_start(trainer, rows)
         selection = Selection(
-            run, tokenizer, config, lambda policy: engine_around(policy, tokenizer, run.params.hardware)
+            run,
+            "dpo",
+            tokenizer,
+            config,
+            lambda policy: engine_around(policy, tokenizer, run.params.hardware),
         )
-        selection.consider(model, step=0)
-        trainer.add_callback(selection)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        selection.consider(model, step=trainer.state.global_step)
+        selection.train(trainer, checkpoint)
     assert_reference(model, SFT_ADAPTER)
 
-    # Outputs: the best step on validation.
+    # Outputs: the best step on validation, or the SFT adapter.
     if not trainer.is_world_process_zero():
         return
     write_curve(trainer.state.log_history, CURVE_COLUMNS, DPO_CURVE)
-    best = selection.write(DPO_SELECTION)
-    with atomic_folder(DPO_ADAPTER) as folder:
-        save_adapter(read_adapter(selection.folder(best["step"])), config, folder)
-    kept = f"step {best['step']}" if best["step"] else "the SFT adapter: no step was better on validation"
+    judged = selection.write(DPO_ADAPTER, DPO_SELECTION, KEPT / "dpo.json", "the SFT adapter")
     run.finish(
-        f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}"
+        f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; "
+        f"{kept_words(judged)}"
     )
 
 

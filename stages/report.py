@@ -15,6 +15,7 @@ from stages.run.errors import UserError
 from stages.run.files import FieldTypes, atomic_write, read_json, read_jsonl, write_json
 from stages.run.paths import (
     COMPARISON,
+    KEPT,
     PAGE,
     PLATINUM_DETAILS,
     PLATINUM_EVAL,
@@ -53,7 +54,8 @@ def main() -> None:
     voted = {name: path for name, path in voted.items() if path.is_file()}
     asked = [TESTS_EVAL / f"{name}.jsonl" for name in evaluated]
     elected = [VOTES / f"{name}.jsonl" for name in evaluated]
-    more = [path for path in (*asked, *elected, *SUMMARIES, *TABLES) if path.is_file()]
+    kept = [KEPT / f"{name}.json" for name in POLICIES]
+    more = [path for path in (*asked, *elected, *SUMMARIES, *TABLES, *kept) if path.is_file()]
     with stage_run(
         "report",
         sections=(),
@@ -80,7 +82,7 @@ def main() -> None:
         )
         with atomic_write(PAGE) as file:
             file.write(render(facts))
-        for warning in [*facts["warnings"], *facts["disagreements"]]:
+        for warning in [*facts["unchanged"], *facts["warnings"], *facts["disagreements"]]:
             run.say(f"WARNING {warning}")
         verdict = "".join(f": {one['title']}, greedy: {one['greedy']}" for one in facts["verdicts"][:1])
         run.finish(f"{PAGE}{verdict}")

@@ -80,13 +80,13 @@ def test_a_stopped_measurement_leaves_out_the_first_quarter(
 
 
 def test_the_projection_is_the_sum_of_the_profiles_work(gpu: ModuleType, tmp_path: Path) -> None:
-    """At round rates: 4,000 rollouts, 3 x 1,209 x 9 answers, 5 looks of 400, 3 epochs, 2,500 pairs."""
+    """At round rates: 4,000 rollouts, 3 x 1,209 x 9 answers, 2 x 5 looks of 1,200, 3 epochs, 2,500 pairs."""
     place = gpu.prepare_place(tmp_path / "place", False, "auto")
     params = gpu.load_params(place)
     rates = {"rollouts": 8000, "evaluation": 4000, "selection": 1000, "sft": 10_000, "dpo": 10}
     results = {name: {"rate": rate} for name, rate in rates.items()}
     sft = 7473 * 3 * (gpu.average("prompt") + gpu.average("answer")) / 10_000
-    wanted = 100 + 3 * 1209 * 9 * 200 / 4000 + 400 + sft + 250
+    wanted = 100 + 3 * 1209 * 9 * 200 / 4000 + 2400 + sft + 250
     assert gpu.project(results, params)["minutes"] == pytest.approx(wanted / 60)
     missing = gpu.project({**results, "dpo": {"error": "no memory"}}, params)
     assert missing == {"error": "needs dpo"}

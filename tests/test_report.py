@@ -20,6 +20,7 @@ from stages.page.table import print_results
 from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
 from stages.stats.changed import changed_metrics
+from stages.stats.looks import LUCK, judge, kept_words
 from stages.stats.one import BOOTSTRAP_SEED, summarise
 from stages.stats.paired import compare, compare_changed, compare_tests, compare_votes
 from stages.stats.testsets import metrics_of_tests
@@ -103,7 +104,8 @@ def add_everything(root: Path) -> None:
         "metrics/curves/sft.csv": "step,loss,grad_norm\n1,2.5,1\n2,1.5,\n3,1.25,0.5\n",
         "metrics/curves/dpo.csv": "step,loss,reward_margin,logp_chosen,logp_rejected,grad_norm\n"
         "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
-        "metrics/curves/dpo_selection.csv": "step,valid_accuracy\n0,0.7\n10,0.8\n",
+        "metrics/curves/sft_selection.csv": "step,valid_accuracy,valid_mean\n0,0.7,0.6\n3,0.6,0.5\n",
+        "metrics/curves/dpo_selection.csv": "step,valid_accuracy,valid_mean\n0,0.7,0.6\n10,0.8,0.7\n",
         "metrics/plots/regime_w/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
         "plain,1,0.9,1.1,10,0.4,0.2\ntutor,1.2,1,1.3,9,0.6,0\nnew,,,,1,,\n",
         "metrics/plots/regime_w/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
@@ -116,6 +118,13 @@ def add_everything(root: Path) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def put_kept(root: Path, name: str, start: str, before: list[int], after: list[int]) -> str:
+    """Which step of a training was kept, as its stage writes it; returns the words."""
+    judged = judge({0: before, 20: after, 38: before}, 1, 0.05) | {"start": start}
+    write_json(root / f"metrics/kept/{name}.json", judged)
+    return kept_words(judged)
 
 
 # --- what it writes
@@ -172,7 +181,8 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     report.main()
     page = (workplace / "report.html").read_text()
     for words in (
-        "DPO: log-probabilities", "DPO: accuracy on the validation split", "Mean reward of each arm",
+        "DPO: log-probabilities", "DPO: accuracy on the validation split",
+        "SFT: accuracy on the validation split", "Mean reward of each arm",
         "Accuracy against s_wm", "coherence › refused › same", "0f" * 32,
         "The 1 manifests, the files they name and dvc.lock agree",
         "Pairs by kind", ">+1.50<", "<th scope=\"col\">pulls</th>",
@@ -260,7 +270,7 @@ def test_other_test_sets_are_compared_and_shown(workplace: Path) -> None:
     accuracies = [metrics_of_tests(rows[name], 1)["tests"]["mine"]["accuracy"] for name in RATES]
     assert [line[1], line[2], line[3], line[6]] == ["40", *(f"{100 * one:.1f}" for one in accuracies)]
     assert line[7] == f"{100 * paired['mine']['difference']:+.1f}"
-    assert [line[0] for line in lines if line[:1] in (["Platinum"], ["svamp"], ["mine"])][0] == "Platinum"
+    assert next(line[0] for line in lines if line[:1] in (["Platinum"], ["svamp"], ["mine"])) == "Platinum"
 
 
 def test_the_table_of_test_sets_fits(workplace: Path) -> None:
@@ -314,6 +324,29 @@ def test_the_table_of_twins_fits(workplace: Path) -> None:
     text = table_text()
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("100.0 (99.6–100.0)   -55.5  <0.0001  100.0   -55.5  <0.0001  100.0") == 2
+
+
+def test_a_training_that_changed_nothing_is_loud(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On top of the page, in the table, and when the stage ends; the luck of the best look is told beside it."""
+    kept = put_kept(workplace, "dpo", "the SFT adapter", [0] * 20, [1] * 12 + [0] * 8)
+    report.main()
+    page = (workplace / "report.html").read_text().replace("\u00a0", " ")
+    assert "KEPT STEP 0" not in page and 'class="warn"' not in page and LUCK in page
+    assert f"<p>DPO {kept}.</p>" in page.split('<section id="training">')[1]
+    shown = " ".join(table_text().split())
+    assert f"DPO {kept}. {LUCK}" in shown and "step 0" not in shown and "WARNING" not in shown
+
+    none = put_kept(workplace, "sft", "the base policy", [1] * 12 + [0] * 8, [1] * 13 + [0] * 7)
+    capsys.readouterr()
+    report.main()
+    page = (workplace / "report.html").read_text().replace("\u00a0", " ")
+    top = page.split("<nav")[0]
+    assert "A training changed nothing" in top and f"<li>SFT {none}.</li>" in top and kept not in top
+    assert f"WARNING SFT {none}." in " ".join(capsys.readouterr().err.split())
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"(?m)^ +SFT, step 0 ", text) and re.search(r"(?m)^ +DPO ", text)
+    assert f"WARNING SFT {none}. DPO {kept}." in " ".join(text.split())
 
 
 def test_page_without_votes(workplace: Path) -> None:

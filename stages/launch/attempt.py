@@ -24,7 +24,7 @@ from stages.run.shortage import ran_out_of_memory
 from stages.run.stage import StageRun
 from stages.train.trainer import Rows
 
-# How long a process may wait for another one: while DPO trains, each answers its share of the validation problems.
+# How long a process may wait for another one: while a policy trains, each answers its share of the validation problems.
 PATIENCE = timedelta(hours=2)
 # Files in the run's folder
 ROWS = "rows.json"  # how the last attempt went through its batches

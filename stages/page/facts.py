@@ -15,14 +15,17 @@ from stages.run.paths import (
     DATA_METRICS,
     DPO_CURVE,
     DPO_SELECTION,
+    KEPT,
     LOCK,
     POLICIES,
     PREFERENCE_METRICS,
     REGIME_W_METRICS,
     REGIME_W_PLOTS,
     SFT_CURVE,
+    SFT_SELECTION,
 )
 from stages.run.stage import manifest_path
+from stages.stats.looks import LUCK, kept_words
 from stages.stats.one import LEAK_LIMIT, TRUNCATED_LIMIT, health_warnings, samples_in
 
 Row = dict[str, Any]
@@ -35,14 +38,15 @@ COMPLETION_CHARACTERS = (8000, 4000, 2500, 1600, 1000, 600, 300)
 CURVE_CHARTS = (
     (SFT_CURVE, "SFT: loss", ("loss",)),
     (SFT_CURVE, "SFT: gradient norm", ("grad_norm",)),
+    (SFT_SELECTION, "SFT: accuracy on the validation split", ("valid_accuracy", "valid_mean")),
     (DPO_CURVE, "DPO: loss", ("loss",)),
     (DPO_CURVE, "DPO: reward margin", ("reward_margin",)),
     (DPO_CURVE, "DPO: log-probabilities", ("logp_chosen", "logp_rejected")),
     (DPO_CURVE, "DPO: gradient norm", ("grad_norm",)),
-    (DPO_SELECTION, "DPO: accuracy on the validation split", ("valid_accuracy",)),
+    (DPO_SELECTION, "DPO: accuracy on the validation split", ("valid_accuracy", "valid_mean")),
 )
 ARMS, BY_COHERENCE = REGIME_W_PLOTS / "arms.csv", REGIME_W_PLOTS / "coherence.csv"
-TABLES = (SFT_CURVE, DPO_CURVE, DPO_SELECTION, ARMS, BY_COHERENCE)
+TABLES = (SFT_CURVE, SFT_SELECTION, DPO_CURVE, DPO_SELECTION, ARMS, BY_COHERENCE)
 
 SUMMARIES = {DATA_METRICS: "Data", REGIME_W_METRICS: "Regime W", PREFERENCE_METRICS: "Pairs"}
 HEALTH = {
@@ -73,6 +77,7 @@ def page_facts(
     tables = {path: _read_csv(path) for path in TABLES if path.is_file()}
     metrics = {path: read_json(path) for path in SUMMARIES if path.is_file()}
     manifests = _manifests()
+    kept = read_kept()
     return {
         "policies": [_policy_facts(POLICIES[name], values) for name, values in policies.items()],
         "policy_chart": _policy_chart(policies),
@@ -96,8 +101,13 @@ def page_facts(
         "health_names": HEALTH,
         "limits": {"leak": LEAK_LIMIT, "truncated": TRUNCATED_LIMIT},
         "warnings": [w for name, values in policies.items() for w in health_warnings(values, POLICIES[name])],
+        "kept": [f"{POLICIES[name]} {kept_words(judged)}." for name, judged in kept.items()],
+        "unchanged": [
+            f"{POLICIES[name]} {kept_words(judged)}." for name, judged in kept.items() if not judged["kept"]
+        ],
+        "luck": LUCK,
         "curves": [
-            line_chart(title, *_series(tables[path], columns), markers=path == DPO_SELECTION)
+            line_chart(title, *_series(tables[path], columns), markers=path in (SFT_SELECTION, DPO_SELECTION))
             for path, title, columns in CURVE_CHARTS
             if tables.get(path)
         ],
@@ -119,6 +129,12 @@ def page_facts(
         "pinned": Path("requirements.txt").read_text(encoding="utf-8"),
         "questions": _questions(rows),
     }
+
+
+def read_kept() -> dict[str, Row]:
+    """For each policy whose training has ended, which step is kept and why (stages/stats/looks.py)."""
+    paths = {name: KEPT / f"{name}.json" for name in POLICIES}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
 
 
 def _policy_facts(name: str, values: Row) -> dict[str, Any]:

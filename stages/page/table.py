@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stages.page.facts import read_kept
 from stages.run.errors import UserError
 from stages.run.files import read_json
 from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
+from stages.stats.looks import LUCK, kept_words
 from stages.stats.one import health_warnings, samples_in
-from stages.stats.paired import p_words
+from stages.stats.p_value import p_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +37,10 @@ def print_results(console: Console | None = None) -> None:
     k = max(samples_in(metrics) for metrics in policies.values())
 
     title = f"Platinum test set, {max(metrics['questions'] for metrics in policies.values()):,} questions"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("policy")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("policy", no_wrap=True)
     table.add_column("greedy (95 %)", justify="right", no_wrap=True)
     table.add_column("change", justify="right", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)
@@ -46,12 +50,14 @@ def print_results(console: Console | None = None) -> None:
         table.add_column("p", justify="right", no_wrap=True)
 
     before = ""
+    kept = read_kept()
     words, warnings = [], []
     for name, metrics in policies.items():
         step = comparisons.get(f"{before}_to_{name}", {})
         accuracy, low, high = (100 * metrics[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        unchanged = name in kept and not kept[name]["kept"]
         cells = [
-            POLICIES[name],
+            f"{POLICIES[name]}, step 0" if unchanged else POLICIES[name],
             f"{accuracy:.1f} % ({low:.1f}–{high:.1f})",
             *_change(step, "difference", "p"),
         ]
@@ -84,6 +90,11 @@ def print_results(console: Console | None = None) -> None:
         console.print(_tests_table(tests, policies, comparisons))
     for line in words:
         console.print(escape(line), highlight=False)
+    for name, judged in kept.items():
+        line = escape(f"{POLICIES[name]} {kept_words(judged)}.")
+        console.print(line if judged["kept"] else f"[bold red]WARNING[/bold red] {line}", highlight=False)
+    if kept:
+        console.print(LUCK, style="dim", highlight=False)
     for line in warnings:
         console.print(f"[bold red]WARNING[/bold red] {escape(line)}", highlight=False)
     console.print("\nWhere to look next", style="bold")

@@ -330,7 +330,32 @@ class Lora(Section):
     dropout: Share
 
 
-class Sft(Section):
+class Select(Section):
+    """How often a policy in training answers how many validation questions, and when the best step is believed."""
+
+    steps: Positive
+    questions: Positive
+    samples: Count
+    max_new_tokens: Positive
+    level: Annotated[float, Field(gt=0, le=1)]
+
+
+class Looking(Section):
+    """A training whose steps are scored on validation."""
+
+    checkpoint_steps: Positive
+    select: Select
+
+    @model_validator(mode="after")
+    def _looks_at_checkpoints(self) -> Self:
+        if self.select.steps % self.checkpoint_steps:
+            raise ValueError(
+                "select.steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"
+            )
+        return self
+
+
+class Sft(Looking):
     """Supervised fine-tuning. `batch` is global, over all devices."""
 
     examples: Positive | None
@@ -340,7 +365,6 @@ class Sft(Section):
     learning_rate: Rate
     warmup_ratio: Share
     max_tokens: Positive
-    checkpoint_steps: Positive
     lora: Lora
 
 
@@ -376,7 +400,7 @@ class Rollout(Section):
         return self
 
 
-class Dpo(Section):
+class Dpo(Looking):
     """Direct preference optimisation. `batch` is global, over all devices."""
 
     beta: Rate
@@ -387,11 +411,6 @@ class Dpo(Section):
     learning_rate: Rate
     warmup_ratio: Share
     max_tokens: Positive
-    checkpoint_steps: Positive
-    select_steps: Positive
-    select_questions: Positive
-    select_samples: Count
-    select_max_new_tokens: Positive
 
     @model_validator(mode="after")
     def _weights_match(self) -> Self:
@@ -399,10 +418,6 @@ class Dpo(Section):
             raise ValueError("loss_weights: give one weight for each loss_type")
         if len(set(self.loss_type)) != len(self.loss_type):
             raise ValueError("loss_type: names a loss twice")
-        if self.select_steps % self.checkpoint_steps:
-            raise ValueError(
-                "select_steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"
-            )
         return self
 
 

@@ -12,6 +12,7 @@ import shutil
 import symtable
 from collections.abc import Iterator
 from itertools import takewhile
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from stages.run.params import (
     Dpo,
     FilesData,
     FileTest,
+    GeneratedData,
     HubModel,
     Params,
     Sft,
@@ -39,6 +41,7 @@ from stages.run.params import (
 )
 from stages.run.paths import BASE, SHIPPED, TRAIN, WORK
 from stages.run.stage import MANIFEST
+from stages.stats.looks import questions_needed, visible_difference
 from stages.text.prompts import completion_text, filled_template, prompt_messages, prompt_text
 from stages.tools.model_check import find_model, long_questions
 from stages.tools.show import EXAMPLE, new_console, new_table, raise_first
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 
 NVIDIA, WINDOWS = Path("/dev/nvidiactl"), Path("/dev/dxg")  # one is there when a GPU has its driver
 GB = 10**9
+CHANGING = (0.15, 0.3)  # assumed share of validation questions whose verdict differs between two steps
 SCORER_FUNCTION = "score_group"
 SOLUTION = "There are <<3*4=12>>12 apples.\nAfter eating 2 there are <<12-2=10>>10.\n#### 10"
 
@@ -77,6 +81,7 @@ def main(gpu_memory: float | None = None) -> None:
     raise_first([f"{name}: {problem}" for name, problem in checks if problem])
 
     problems = _print_needs(console, params, gpu_memory, found)
+    _print_looks(console, params)
     shipped = SHIPPED if isinstance(params.model, ShippedModel) else None
     for line in long_questions(params, found, BASE if _base_is_made(params) else shipped):
         console.print(Text(line, "red"), soft_wrap=True)
@@ -351,6 +356,53 @@ def _dvc_cache() -> tuple[Path, bool]:
     ):
         return cache, bool(test_links(kinds, localfs, there, localfs, f"{here}/file"))
     return cache, False
+
+
+# ---- What validation can show --------------------------------------------------------------------------
+
+
+def _print_looks(console: Console, params: Params) -> None:
+    """Print how many validation questions show a gain, and what as many as the profile asks can show."""
+    gains = (0.02, 0.05, 0.1)
+    shown = (f"{100 * gain:.0f} points" for gain in gains)
+    table = new_table("stage", "looks", *shown, "asked", "show")
+    for name, looks in _looks(params).items():
+        spec = getattr(params, name).select
+        asked = min(spec.questions, params.data.valid)
+        needed = [
+            "–".join(f"{questions_needed(gain, share, spec.level, looks):,}" for share in CHANGING)
+            for gain in gains
+        ]
+        seen = [visible_difference(asked, share, spec.level, looks) for share in CHANGING]
+        words = "–".join("none" if one is None else f"{100 * one:.0f}" for one in seen)
+        table.add_row(name, str(looks), *needed, f"{asked:,}", f"{words} points")
+    console.print("\nValidation questions that show a gain, so that a step is kept over step 0", style="bold")
+    low, high = (f"{100 * share:.0f}" for share in CHANGING)
+    console.print(table)
+    console.print(
+        f"With power 80 %, one-sided, at select.level divided by the looks, if {low}–{high} % of the answers change "
+        "(Connor 1987). Samples beside the greedy answer make it a little easier.",
+        soft_wrap=True,
+    )
+
+
+def _looks(params: Params) -> dict[str, int]:
+    """The looks after step 0 of each training, for dpo at most; none of what depends on files not here yet."""
+    train = params.data.train if isinstance(params.data, GeneratedData) else None
+    if TRAIN.is_file():
+        train = sum(1 for _ in read_jsonl(TRAIN))
+    kinds = (params.preference.correctness, params.preference.coherence)
+    asked = params.rollout.questions or train
+    rows = {
+        "sft": params.sft.examples or train,
+        "dpo": asked and asked * sum(kind.per_question for kind in kinds),
+    }
+    looks = {}
+    for name, count in rows.items():
+        if count:
+            spec = getattr(params, name)
+            looks[name] = ceil(ceil(count / spec.batch) * spec.epochs / spec.select.steps)
+    return looks
 
 
 # ---- Prompts -----------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ def long_questions(params: Params, found: Found | None, base: Path | None) -> It
     usual: list[Asked] = [(None, None)]
     asked: list[tuple[Path, list[Asked], str, int]] = [
         (TRAIN, [*arms], "rollout.max_new_tokens", params.rollout.max_new_tokens),
-        (VALID, usual, "dpo.select_max_new_tokens", params.dpo.select_max_new_tokens),
+        (VALID, usual, "sft.select.max_new_tokens", params.sft.select.max_new_tokens),
+        (VALID, usual, "dpo.select.max_new_tokens", params.dpo.select.max_new_tokens),
         (PLATINUM, usual, "evaluate.max_new_tokens", params.evaluate.max_new_tokens),
         (CHANGED, usual, "evaluate.max_new_tokens", params.evaluate.max_new_tokens),
         (TESTS, usual, "evaluate.max_new_tokens", params.evaluate.max_new_tokens),

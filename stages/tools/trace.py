@@ -6,7 +6,6 @@ the link says so.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from stages.policy.request import request_seed
 from stages.run.errors import UserError
-from stages.run.files import read_jsonl
+from stages.run.files import read_json, read_jsonl
 from stages.run.history import (
     AS_RECORDED,
     DIFFERS,
@@ -31,7 +30,7 @@ from stages.run.history import (
     settings,
 )
 from stages.run.paths import (
-    DPO_SELECTION,
+    KEPT,
     LOCK,
     PAIRS,
     PLATINUM_EVAL,
@@ -190,15 +189,14 @@ def _trained_on(steps: list[Step]) -> Iterator[str]:
 
 def _kept_step(steps: list[Step]) -> Iterator[str]:
     """Which step of DPO the adapter is, in words, where that is known."""
-    link = _link(steps, "dpo", "wrote", DPO_SELECTION)
+    link = _link(steps, "dpo", "wrote", KEPT / "dpo.json")
     if link and link.state == AS_RECORDED:
-        with DPO_SELECTION.open(encoding="utf-8", newline="") as file:
-            scores = {int(row["step"]): float(row["score"]) for row in csv.DictReader(file)}
-        kept, last = max(scores, key=lambda step: (scores[step], -step)), max(scores)
-        effect = "; what came after it had no effect" if kept < last else ""
+        judged = read_json(KEPT / "dpo.json")
+        kept, last = judged["kept"], judged["last"]
+        effect = ", the best on validation" + ("; what came after it had no effect" if kept < last else "")
         if kept == 0:
             effect = ": the SFT adapter itself, so no pair changed it"
-        yield f"The DPO adapter kept is that of step {kept} of {last}, the best on validation{effect}."
+        yield f"The DPO adapter kept is that of step {kept} of {last}{effect}."
 
 
 # ---- showing it --------------------------------------------------------------------------------------

@@ -84,8 +84,19 @@ CASES = {
     "sft": Case(
         ("sft",),
         ".work/sft",
-        ("metrics/curves/sft.csv", *(f"checkpoints/sft_lora/{name}" for name in TRAINED)),
-        (".work/sft/*/trainer/checkpoint-*", "checkpoints/.*.tmp", "metrics/curves/.*.tmp"),
+        (
+            "metrics/curves/sft.csv",
+            "metrics/curves/sft_selection.csv",
+            "metrics/kept/sft.json",
+            *(f"checkpoints/sft_lora/{name}" for name in TRAINED),
+        ),
+        (
+            ".work/sft/*/trainer/checkpoint-*",
+            ".work/sft/*/selected/*",
+            ".work/sft/*/selected/.*.tmp",
+            "checkpoints/.*.tmp",
+            "metrics/curves/.*.tmp",
+        ),
         {"sft.epochs": 4, "sft.checkpoint_steps": 5},
     ),
     "dpo": Case(
@@ -94,6 +105,7 @@ CASES = {
         (
             "metrics/curves/dpo.csv",
             "metrics/curves/dpo_selection.csv",
+            "metrics/kept/dpo.json",
             *(f"checkpoints/dpo_coherence_lora/{name}" for name in TRAINED),
         ),
         (
@@ -103,7 +115,7 @@ CASES = {
             "checkpoints/.*.tmp",
             "metrics/curves/.*.tmp",
         ),
-        {"dpo.epochs": 3, "dpo.checkpoint_steps": 4, "dpo.select_steps": 8},
+        {"dpo.epochs": 3, "dpo.checkpoint_steps": 4, "dpo.select.steps": 8},
     ),
 }
 

@@ -64,6 +64,8 @@ TINY = "profiles/tiny.yaml"
         (TINY, "data.tests.*.questions", lambda x: x + 1, {"prepare"}),
         (TINY, "dpo.beta", lambda x: x * 2, {"dpo"}),
         (TINY, "sft.lora.r", lambda x: x * 2, {"sft"}),
+        (TINY, "sft.select.level", lambda x: x / 2, {"sft"}),
+        (TINY, "dpo.select.questions", lambda x: x - 1, {"dpo"}),
     ],
 )
 def test_a_parameter_reruns_its_stages(
@@ -105,6 +107,9 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
         ("stages/stats/testsets.py", {"report", *EVALUATIONS, *VOTES}),
         ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference", *VOTES}),
         ("stages/stats/vote.py", {"report", *VOTES}),
+        ("stages/train/selection.py", {"sft", "dpo"}),
+        ("stages/train/pair_trainer.py", {"dpo"}),
+        ("stages/stats/looks.py", {"sft", "dpo", "report", *VOTES}),
         ("stages/page/svg.py", {"report"}),
         ("stages/engine/load.py", set()),  # how it is run
     ],

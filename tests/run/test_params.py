@@ -170,9 +170,9 @@ PROFILE_MISTAKES = {
     ),
     "loss weights": (("[1.0, 0.5]", "[1.0]"), "  loss_weights:", "dpo.loss_weights: give one weight"),
     "selection between checkpoints": (
-        ("select_steps: 20", "select_steps: 15"),
-        "  select_steps:",
-        "dpo.select_steps: ",
+        ("select: {steps: 20", "select: {steps: 15"),
+        "  select: {steps: 15",
+        "dpo.select.steps: ",
     ),
     "a run's section": (("data:\n", "seed: 4\ndata:\n"), "seed:", "'seed' belongs in params.yaml"),
     "a test set's bad name": (

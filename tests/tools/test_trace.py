@@ -81,7 +81,7 @@ def contents(stage: str) -> dict[str, Any]:
         "sft": {f"{SFT}/adapter_model.safetensors": b"sft"},
         "dpo": {
             "checkpoints/dpo_coherence_lora/adapter_model.safetensors": b"dpo",
-            "metrics/curves/dpo_selection.csv": b"step,score\n0,0.5\n8,0.6\n16,0.6\n",
+            "metrics/kept/dpo.json": b'{"kept": 8, "last": 16}',
         },
         "rollout": {ROLLOUTS.as_posix(): {**question, "trajectories": DRAWN}},
         "coherence": {SCORED.as_posix(): {**question, "trajectories": scored}},
@@ -274,7 +274,7 @@ def test_what_is_not_here_is_said_and_compared_by_what_both_ends_recorded(run: P
 
 
 def test_step_zero_is_the_sft_adapter(run: Path) -> None:
-    Path("metrics/curves/dpo_selection.csv").write_text("step,score\n0,1\n8,0.6\n")
+    Path("metrics/kept/dpo.json").write_text('{"kept": 0, "last": 16}')
     record_stage("dpo")
     assert "the SFT adapter itself, so no pair changed it" in trace.trace(PAIR)["notes"][-1]
 

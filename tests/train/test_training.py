@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections.abc import Callable
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +32,13 @@ from stages.policy.adapter import (
 )
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
+from stages.run.files import read_json, write_jsonl
 from stages.run.params import Lora, Prompt, load_params
-from stages.run.paths import BASE, PAIRS, ROOT, TRAIN
+from stages.run.paths import BASE, PAIRS, ROOT, TRAIN, VALID
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
 from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start, split_losses
+from stages.train.selection import Selection
 from stages.train.trainer import (
     InputsAsTheyAre,
     Rows,
@@ -58,7 +61,7 @@ LORA = Lora(r=4, alpha=8, dropout=0.05)
 SFT = load_params(SMALL).sft.model_copy(
     update={**TRAINING, "examples": None, "styles": ["plain", "short"], "lora": LORA}
 )
-DPO = load_params(SMALL).dpo.model_copy(update={**TRAINING, "select_steps": 100})
+DPO = load_params(SMALL).dpo.model_copy(update=TRAINING)
 TWO_ROWS = Rows(micro_batch=2, accumulation=2, checkpointing=False)
 PROBLEMS = [
     {"question": f"Ann has {a} pens and gets {b}. How many?", "solution": f"{a}+{b}={a + b}.\n#### {a + b}"}
@@ -583,6 +586,108 @@ def test_the_nll_term_is_each_completions_own_mean_and_does_not_depend_on_micro_
     assert ((parts[0] + 3 * parts[1]) / 4).item() == pytest.approx(whole.item(), abs=1e-5)
     whole.backward()
     assert all(w.grad.abs().sum() > 0 for n, w in trainer.model.named_parameters() if "lora_A.default" in n)
+
+
+# ---- Which step is kept --------------------------------------------------------------------------------
+
+
+def select(project: SimpleNamespace, trainer: Any, engine_of: Callable[[Any], Any], **over: Any) -> Selection:
+    """The selection of the SFT stage, after training. Every problem's gold is 7."""
+    write_jsonl(VALID, [{"id": str(i), "gold": "7", **row} for i, row in enumerate(PROBLEMS)])
+    spec = SFT.select.model_copy(update={"questions": len(PROBLEMS), "steps": 1, **over})
+    project.params.sft = SFT.model_copy(update={"select": spec})
+    selection = Selection(project, "sft", trainer.processing_class, adapter_config(trainer.model), engine_of)
+    selection.train(trainer, None)
+    return selection
+
+
+def real_engine(model: Any) -> Any:
+    return engine_around(model, byte_level(), load_params(SMALL).hardware)
+
+
+class Answers:
+    """An engine that answers so many requests rightly at each look, and none at the first one."""
+
+    def __init__(self, right: list[int]) -> None:
+        self.right, self.seen = [0, *right], [dict[str, torch.Tensor]()]
+
+    def __call__(self, model: Any) -> Answers:
+        self.seen.append(adapter_weights(model))
+        return self
+
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        tokens = [byte_level()(f"#### {answer}", add_special_tokens=False)["input_ids"] for answer in (7, 8)]
+        right = self.right[len(self.seen) - 2]
+        return [
+            Completion(request.id, tuple(tokens[place >= right]), "stop", 0.0)
+            for place, request in enumerate(requests)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_zero_step_answers_as_the_base_and_can_be_trained(
+    project: SimpleNamespace, base_folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """No answer is right, so SFT keeps step 0: B is zero, A is not, and each answer is the base's."""
+    base = tmp_path / "base"
+    model, tokenizer = load_base(base_folder)
+    model.to(dtype).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trainer = sft_trainer(project, base)
+    adapter, curve, kept = tmp_path / "zero", tmp_path / "curve.csv", tmp_path / "kept.json"
+    judged = select(project, trainer, real_engine).write(adapter, curve, kept, "the base policy")
+    assert (judged["kept"], judged["looks"], judged["last"]) == (0, 2, 2)
+    assert read_json(kept) == judged and judged["start"] == "the base policy"
+    assert [line.split(",")[0] for line in curve.read_text().splitlines()] == ["step", "0", "1", "2"]
+    trained, weights = adapter_weights(trainer.model), read_adapter(adapter)
+    for name, weight in weights.items():
+        assert bool(weight.any()) == ("lora_A" in name)
+        assert not torch.equal(weight, trained[name])
+
+    requests = [
+        Request(str(i), tuple(prompt_ids(tokenizer, PROMPT, row["question"])), 20, i % 2, seed=i)
+        for i, row in enumerate(PROBLEMS)
+    ]
+
+    def answers(folder: Path | None) -> list[Completion]:
+        return sorted(real_engine(load_policy(folder, base)[0]).generate(requests), key=lambda one: one.id)
+
+    for one, other in zip(answers(adapter), answers(None), strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprob == pytest.approx(other.logprob, rel=1e-6)  # rounding; stages fix MKL's (MKL_CBWR)
+    further, _ = dpo_trainer(project, base, adapter)
+    further.train()
+    assert all(weight.any() for weight in adapter_weights(further.model).values())
+
+
+def test_the_best_step_is_kept_where_the_test_supports_it(
+    project: SimpleNamespace, base_folder: Path, tmp_path: Path
+) -> None:
+    """Of 0, 8 and 5 right answers step 1 is the best: eight changes for the better, p = 2 / 2^8."""
+    for level, wanted in ((0.01, 1), (0.005, 0)):
+        project.work = tmp_path / str(level)
+        answers = Answers([8, 5])
+        selection = select(project, sft_trainer(project, base_folder), answers, samples=0, level=level)
+        judged = selection.write(
+            tmp_path / "kept", tmp_path / "c.csv", tmp_path / "k.json", "the base policy"
+        )
+        assert (judged["kept"], judged["p"]) == (wanted, 2 / 2**8)
+        saved = read_adapter(tmp_path / "kept")
+        assert all(torch.equal(saved[name], weight) for name, weight in answers.seen[1 + wanted].items())
+
+
+def test_looks_change_nothing_that_is_learned(project: SimpleNamespace, base_folder: Path) -> None:
+    """Not even what dropout drops: else a run that was killed between a look and a checkpoint would learn otherwise."""
+    assert SFT.lora.dropout > 0
+    adapters = []
+    for steps in (1, 100):
+        project.work = project.work.with_name(f"every-{steps}")
+        trainer = sft_trainer(project, base_folder)
+        selection = select(project, trainer, real_engine, steps=steps)
+        adapters.append((adapter_weights(trainer.model), len(selection.rows)))
+    (often, looks), (seldom, few) = adapters
+    assert (looks, few) == (3, 2)
+    assert all(torch.equal(weight, seldom[name]) for name, weight in often.items())
 
 
 # ---- What is saved -------------------------------------------------------------------------------------
