@@ -572,7 +572,7 @@ def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
         path = path[:1] + path[2:]  # pydantic puts the chosen `source` in between
     if path[:2] == ("data", "tests"):
         if path[3:] == ("[key]",):
-            name = "begins with a letter or digit and has at most 16 letters, digits, - and _"
+            name = "begins with a letter or digit and has at most 14 letters, digits, - and _"
             return path[:3], f"a test set's name {name}"
         path = path[:3] + path[4:]
     if kind == "value_error":  # a check over several keys begins with the one to change
