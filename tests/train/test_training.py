@@ -18,7 +18,7 @@ from trl import DPOConfig, SFTConfig
 
 from stages import dpo, sft
 from stages.engine.load import engine_around
-from stages.policy import adapter
+from stages.policy import adapter as policy_adapter
 from stages.policy.adapter import (
     adapter_config,
     adapter_weights,
@@ -348,7 +348,7 @@ def test_inputs_as_they_are_change_no_number(
     phase: str,
 ) -> None:
     """The adapter's layers take bf16 in place of 32 bits, and learn the same to the last bit."""
-    monkeypatch.setattr(adapter, "computes_bf16", lambda: True)
+    monkeypatch.setattr(policy_adapter, "computes_bf16", lambda: True)
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
@@ -407,7 +407,7 @@ def test_step_0_is_scored_in_the_arithmetic_of_later_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Training wraps the forward pass of the model in autocast for good; what is generated stays the same."""
-    monkeypatch.setattr(adapter, "computes_bf16", lambda: True)
+    monkeypatch.setattr(policy_adapter, "computes_bf16", lambda: True)
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
