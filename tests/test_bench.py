@@ -124,8 +124,8 @@ def test_balanced_steps_are_shorter_than_with_equal_rows(monkeypatch: pytest.Mon
 
 
 SVAMP_TRAIN = """Question,Numbers,Equation,Answer
-Conner 's bank has number0 . He spends number1 a month . How much after number2 ?,250.0 15.0 8.0,- number0 * number1 number2,130.0
-Conner 's bank has number0 . He spends number1 a month . How much after number2 ?,250.0 15.0 8.0,- number0 * number1 number2,130.0
+Al 's bank has number0 . He takes number1 each day . After number2 ?,250.0 15.0 8.0,- number0 * number1 number2,130.0
+Al 's bank has number0 . He takes number1 each day . After number2 ?,250.0 15.0 8.0,- number0 * number1 number2,130.0
 A third of number0 ?,2.0,/ number0 3.0,0.66666667
 Ann has number0 and number1 .,1.0 2.0,+ number0 number1,4.0
 """
@@ -150,7 +150,7 @@ def test_svamp_is_written_with_a_line_for_each_operation(tmp_path: Path) -> None
     )
     train, test = (json.loads((tmp_path / f"out/{name}.jsonl").read_text()) for name in ("train", "test"))
     assert train == {
-        "question": "Conner's bank has 250. He spends 15 a month. How much after 8?",
+        "question": "Al's bank has 250. He takes 15 each day. After 8?",
         "answer": "15 * 8 = <<15*8=120>>120\n250 - 120 = <<250-120=130>>130\n#### 130",
     }
     assert test == {
