@@ -25,9 +25,12 @@ def main(rollouts: Path = SCORED, out: Path = PAIRS, metrics: Path = PREFERENCE_
             refused = {
                 reason: count for kind in KINDS for reason, count in summary[kind]["refused"].items() if count
             }
+            drawn = [one for row in read_questions(rollouts, scored=True) for one in row["trajectories"]]
+            right = sum(one["correct"] for one in drawn)
             raise UserError(
-                f"{rollouts}: not one pair could be made (refused: {refused or 'no candidates'}); "
-                "lower preference.*.min_margin, or roll out more questions"
+                f"{rollouts}: not one pair could be made of {len(drawn):,} trajectories, {right:,} of them right "
+                f"(refused: {refused or 'no candidates'}); roll out more questions, or some of which the policy gets "
+                "a part right, or lower preference.*.min_margin"
             )
         write_jsonl(out, pairs)
         write_json(metrics, summary)

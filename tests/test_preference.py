@@ -20,7 +20,7 @@ ROW = {"id": "q/0", "text": "#### 10", "correct": True, "fault": None, "reward":
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (ROW, r"^in\.jsonl: not one pair could be made \(refused: no candidates\); lower "),
+        (ROW, r"^in\.jsonl: not one pair could be made of 1 trajectories, 1 of them right \(refused: no can"),
         ({**ROW, "reward": None}, "question 'q': trajectory 0 has no usable 'reward'"),
         # As coherence wrote it when preference still read the texts itself.
         (

@@ -583,6 +583,12 @@ def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
         return (*path, "source"), f"'{found['tag']}' is unknown; choose one of {found['expected_tags']}"
     if kind in ("missing", "union_tag_not_found"):
         return ((*path, "source") if kind != "missing" else path), "is missing"
+    if kind == "string_pattern_mismatch":  # a Revision, the only text with a pattern
+        found = f"{error['input']!r:.80}"
+        return (
+            path,
+            f"must be a commit's whole hash, 40 digits from 0 to f, because a branch moves (found {found})",
+        )
     if kind == "extra_forbidden":
         return path, "unknown key; check its spelling"
     return path, f"{error['msg'][:1].lower()}{error['msg'][1:]} (found {error['input']!r:.80})"

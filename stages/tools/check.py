@@ -11,6 +11,7 @@ import os
 import shutil
 import symtable
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import takewhile
 from math import ceil
 from pathlib import Path
@@ -40,6 +41,7 @@ from stages.run.params import (
     load_params,
 )
 from stages.run.paths import BASE, SHIPPED, TRAIN, WORK
+from stages.run.process import computes_bf16
 from stages.run.stage import MANIFEST
 from stages.stats.looks import questions_needed, visible_difference
 from stages.text.prompts import completion_text, filled_template, prompt_messages, prompt_text
@@ -247,6 +249,8 @@ def find_shape(params: Params, found: Found | None = None) -> Shape | None:
 
 def estimates(params: Params, shape: Shape, device: Device, processes: int) -> Iterator[tuple[str, ...]]:
     """(stage, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
+    if not device.cuda and not computes_bf16():
+        shape = replace(shape, width=4)  # it is stored in the profile's precision, and loaded in 32 bits
     for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
         yield (name, *_training(params, spec, shape, device, processes))
     lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}

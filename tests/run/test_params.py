@@ -110,7 +110,7 @@ PROFILE_MISTAKES = {
             HUB,
         ),
         "  train:",
-        "data.train.revision: ",
+        "data.train.revision: must be a commit's whole hash, 40 digits from 0 to f, because a branch moves",
     ),
     "8 arms wanted and 7 given": (
         EIGHT_WANTED_SEVEN_GIVEN,

@@ -22,6 +22,7 @@ from trl.trainer.utils import use_adapter
 
 from stages import dpo, sft
 from stages.engine.load import engine_around
+from stages.policy import adapter as policy_adapter
 from stages.policy.adapter import (
     adapter_config,
     adapter_weights,
@@ -412,6 +413,7 @@ def test_inputs_as_they_are_change_no_number(
     phase: str,
 ) -> None:
     """The adapter's layers take bf16 in place of 32 bits, and learn the same to the last bit."""
+    monkeypatch.setattr(policy_adapter, "computes_bf16", lambda: True)
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
@@ -463,9 +465,14 @@ def test_dpo_starts_at_its_reference_which_does_not_move(
 
 
 def test_step_0_is_scored_in_the_arithmetic_of_later_steps(
-    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, tmp_path: Path
+    project: SimpleNamespace,
+    base_folder: Path,
+    sft_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Training wraps the forward pass of the model in autocast for good; what is generated stays the same."""
+    monkeypatch.setattr(policy_adapter, "computes_bf16", lambda: True)
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
