@@ -8,7 +8,6 @@ policy answers validation problems, and the step with the best score is kept. St
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PrinterCallback
 from trl import DPOConfig

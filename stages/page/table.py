@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stages.run.errors import UserError
 from stages.run.files import read_json
-from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
+from stages.run.params import load_params
+from stages.run.paths import COMPARISON, LAST_ROUND, PLATINUM_DETAILS, VOTE_DETAILS
+from stages.run.rounds import shown
 from stages.stats.one import health_warnings, samples_in
 from stages.stats.paired import p_words
 
@@ -26,8 +28,8 @@ def print_results(console: Console | None = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or Console()
-    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in POLICIES}
+    console, params = console or Console(), load_params()
+    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in params.policy_names}
     policies = {name: read_json(path) for name, path in paths.items() if path.is_file()}
     if not policies:
         raise UserError("metrics/platinum: there are no results yet; run `dvc repro`")
@@ -45,13 +47,13 @@ def print_results(console: Console | None = None) -> None:
         table.add_column("change", justify="right", no_wrap=True)
         table.add_column("p", justify="right", no_wrap=True)
 
-    before = ""
+    befores = _befores(policies, params.chain)
     words, warnings = [], []
     for name, metrics in policies.items():
-        step = comparisons.get(f"{before}_to_{name}", {})
+        step = comparisons.get(f"{befores[name]}_to_{name}", {})
         accuracy, low, high = (100 * metrics[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
         cells = [
-            POLICIES[name],
+            shown(name),
             f"{accuracy:.1f} % ({low:.1f}–{high:.1f})",
             *_change(step, "difference", "p"),
         ]
@@ -60,12 +62,10 @@ def print_results(console: Console | None = None) -> None:
             cells.append(f"{100 * metrics[f'mean_at_{own}']:.1f} %" if own else "")
             cells += _change(step, "mean_difference", "mean_p")
         table.add_row(*cells)
-        if step:
-            words += [f"{POLICIES[before]} → {POLICIES[name]}", f"  greedy {step['verdict']}"]
-            if "mean_verdict" in step:
-                words.append(f"  mean@{step['samples_b']} {step['mean_verdict']}")
-        warnings += health_warnings(metrics, POLICIES[name])
-        before = name
+        words += _step_words(befores[name], name, step)
+        warnings += health_warnings(metrics, shown(name))
+    if befores.get(LAST_ROUND) != "sft":  # what all rounds brought together
+        words += _step_words("sft", LAST_ROUND, comparisons.get(f"sft_to_{LAST_ROUND}", {}))
 
     console.print(table)
     votes = {name: read_json(path) for name in policies if (path := VOTE_DETAILS / f"{name}.json").is_file()}
@@ -74,7 +74,7 @@ def print_results(console: Console | None = None) -> None:
         console.print(_vote_table(votes))
     twins = {name: metrics for name, metrics in policies.items() if "changed" in metrics}
     if twins:
-        console.print(_changed_table(twins, comparisons))
+        console.print(_changed_table(twins, comparisons, befores))
     for line in words:
         console.print(escape(line), highlight=False)
     for line in warnings:
@@ -86,6 +86,23 @@ def print_results(console: Console | None = None) -> None:
         ("dvc plots show", "curves, arms, coherence"),
     ):
         console.print(f"  {command:<18}{what}", highlight=False)
+
+
+def _befores(policies: Iterable[str], chain: Mapping[str, str]) -> dict[str, str]:
+    """The policy that each evaluated one started from; the one evaluated before it, where that is not there."""
+    found: dict[str, str] = {}
+    for name in policies:
+        start = chain.get(name, "base")
+        found[name] = start if start in found else next(reversed(found), "")
+    return found
+
+
+def _step_words(before: str, name: str, step: Mapping[str, Any]) -> list[str]:
+    """The verdicts on one step, in lines; none where it was not compared."""
+    if not step:
+        return []
+    mean = [f"  mean@{step['samples_b']} {step['mean_verdict']}"] if "mean_verdict" in step else []
+    return [f"{shown(before)} → {shown(name)}", f"  greedy {step['verdict']}", *mean]
 
 
 def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -105,7 +122,7 @@ def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
         k = vote["samples"]
         coherent, low, high = (100 * vote[f"coherent_at_{k}{end}"] for end in ("", "_low", "_high"))
         table.add_row(
-            POLICIES[name],
+            shown(name),
             f"{100 * vote[f'maj_at_{k}']:.1f}",
             f"{coherent:.1f} ({low:.1f}–{high:.1f})",
             *_change(vote, "difference", "p"),
@@ -115,7 +132,9 @@ def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]) -> Table:
+def _changed_table(
+    policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any], befores: Mapping[str, str]
+) -> Table:
     """What each policy made of the twins, and what changed from the policy before it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -126,19 +145,17 @@ def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mappi
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=tight)
     for number, name in enumerate(("policy", "twin (95 %)", "change", "p", "both", "change", "p", "kept")):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    before = ""
     for name, metrics in policies.items():
-        step = comparisons.get(f"{before}_to_{name}", {})
+        step = comparisons.get(f"{befores[name]}_to_{name}", {})
         changed, low, high = (100 * metrics[f"changed{end}"] for end in ("", "_low", "_high"))
         table.add_row(
-            POLICIES[name],
+            shown(name),
             f"{changed:.1f} ({low:.1f}–{high:.1f})",
             *_change(step.get("changed", {}), "difference", "p"),
             f"{100 * metrics['both']:.1f}",
             *_change(step.get("both", {}), "difference", "p"),
             f"{100 * metrics['kept']:.1f}" if "kept" in metrics else "",
         )
-        before = name
     return table
 
 

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from stages.run.errors import UserError
 from stages.run.paths import BASE, PARAMS, PROFILES
-from stages.run.rounds import adapter_of, chain
+from stages.run.rounds import adapter_of, chain, policies_of
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -118,7 +118,7 @@ class Headline(Section):
 
 
 class Round(Section):
-    """One round of rollouts, pairs and DPO: the adapter it starts from, and what it has of its own in three sections."""
+    """A round of rollouts, pairs and DPO: the adapter it starts from, and what it has of its own in three sections."""
 
     start: str
     rollout: dict[str, Any]
@@ -411,12 +411,16 @@ class Params(Section):
         wanted = {name: (adapter_of(name) or BASE / "manifest.json").as_posix() for name in self.policy_names}
         for name in [*wanted, *self.policies]:
             if name not in wanted:
-                raise ValueError(f"policies.{name}: is neither base nor sft nor one of the rounds; take it out")
+                raise ValueError(
+                    f"policies.{name}: is neither base nor sft nor one of the rounds; take it out"
+                )
             if self.policies.get(name) != wanted[name]:
                 found = f" (found '{self.policies[name]}')" if name in self.policies else ""
                 raise ValueError(f"policies.{name}: must be {wanted[name]}, as rounds go{found}")
         if self.headline.policy not in wanted:
-            raise ValueError(f"headline.policy: choose one of {', '.join(wanted)} (found '{self.headline.policy}')")
+            raise ValueError(
+                f"headline.policy: choose one of {', '.join(wanted)} (found '{self.headline.policy}')"
+            )
         return self
 
     @model_validator(mode="after")
@@ -445,12 +449,17 @@ class Params(Section):
     @property
     def chain(self) -> dict[str, str]:
         """Each round with the policy that it starts from, the first round first."""
-        return chain({name: one.start for name, one in self.rounds.items()})
+        return chain(self.starts)
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """Each round with the adapter that it starts from, as params.yaml has it."""
+        return {name: one.start for name, one in self.rounds.items()}
 
     @property
     def policy_names(self) -> tuple[str, ...]:
         """All policies, in the order of the pipeline."""
-        return ("base", "sft", *self.chain)
+        return policies_of(self.starts)
 
     def section_of(self, section: str, round_name: str) -> Any:
         """A section as one round has it: its own values over those of all rounds.
@@ -464,12 +473,16 @@ class Params(Section):
             return type(shared).model_validate(overlay(shared.model_dump(exclude_unset=True), own))
         except ValidationError as error:
             path, message = _explain(error.errors()[0])
-            raise ValueError(f"{'.'.join(('rounds', round_name, section, *map(str, path)))}: {message}") from None
+            raise ValueError(
+                f"{'.'.join(('rounds', round_name, section, *map(str, path)))}: {message}"
+            ) from None
 
 
 def overlay(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """`shared` with the values of `own` over it, level by level. A list is one value."""
-    both = (key for key, value in own.items() if isinstance(value, dict) and isinstance(shared.get(key), dict))
+    both = (
+        key for key, value in own.items() if isinstance(value, dict) and isinstance(shared.get(key), dict)
+    )
     return {**shared, **own, **{key: overlay(shared[key], own[key]) for key in both}}
 
 
@@ -486,8 +499,8 @@ class Sections:
     """The declared sections of the parameters, as attributes; any other name is a programming error.
 
     `regime_w.vote` declares one key of a section: the section can be read, and only the key is recorded.
-    `rounds.${key}.dpo`, as in dvc.yaml, declares what one round has of its own in the section `dpo`: the section is then
-    read as that round has it, and both are recorded.
+    `rounds.${key}.dpo`, as in dvc.yaml, declares what one round has of its own in the section `dpo`: the section is
+    then read as that round has it, and both are recorded.
     """
 
     def __init__(self, params: Params, names: tuple[str, ...], round_name: str = "") -> None:
@@ -570,7 +583,9 @@ def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
         found = error["ctx"]
         return (*path, "source"), f"'{found['tag']}' is unknown; choose one of {found['expected_tags']}"
     if path[-1:] == ("[key]",):
-        wrong = "letters, digits, - and _" if kind == "string_pattern_mismatch" else "text, so put it in quotes"
+        wrong = (
+            "letters, digits, - and _" if kind == "string_pattern_mismatch" else "text, so put it in quotes"
+        )
         return path[:-1], f"a name must be {wrong}"
     if kind in ("missing", "union_tag_not_found"):
         return ((*path, "source") if kind != "missing" else path), "is missing"

@@ -103,3 +103,6 @@ class RoundPaths:
     def selection(self) -> Path:
         """What each step answered on validation."""
         return CURVES / f"{self.round}_selection.csv"
+
+
+LAST = RoundPaths(LAST_ROUND)

@@ -25,6 +25,11 @@ def adapter_of(policy: str) -> Path | None:
     return SFT_ADAPTER if policy == "sft" else RoundPaths(policy).adapter
 
 
+def trainer_of(policy: str) -> str:
+    """The stage that makes a policy: base, sft, or dpo@<round>."""
+    return policy if policy in ("base", "sft") else f"dpo@{policy}"
+
+
 def chain(starts: Mapping[str, str]) -> dict[str, str]:
     """Each round with the policy that it starts from, the first round first. `starts`: the adapters they start from.
 
@@ -32,7 +37,11 @@ def chain(starts: Mapping[str, str]) -> dict[str, str]:
     """
     for name in SHOWN:
         if (name in starts) != (name == LAST_ROUND):
-            words = "is missing; the last round is called so" if name == LAST_ROUND else "is the name of another policy"
+            words = (
+                "is missing; the last round is called so"
+                if name == LAST_ROUND
+                else "is the name of another policy"
+            )
             raise ValueError(f"rounds.{name}: {words}")
     made_by = {RoundPaths(name).adapter.as_posix(): name for name in starts} | {SFT_ADAPTER.as_posix(): "sft"}
     found: dict[str, str] = {}
@@ -47,5 +56,18 @@ def chain(starts: Mapping[str, str]) -> dict[str, str]:
         name = found[name]
     for name in starts:
         if name not in found:
-            raise ValueError(f"rounds.{name}: no other round starts from it; rounds are one chain up to {LAST_ROUND}")
+            raise ValueError(
+                f"rounds.{name}: no other round starts from it; rounds are one chain up to {LAST_ROUND}"
+            )
     return dict(reversed(found.items()))
+
+
+def policies_of(starts: Mapping[str, str]) -> tuple[str, ...]:
+    """All policies, in the order of the pipeline."""
+    return ("base", "sft", *chain(starts))
+
+
+def compared(starts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Which policies are compared: each with the one it started from, and the last one with SFT and with the base."""
+    steps = [("base", "sft"), *((before, name) for name, before in chain(starts).items())]
+    return list(dict.fromkeys([*steps, ("sft", LAST_ROUND), ("base", LAST_ROUND)]))
