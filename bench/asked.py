@@ -19,7 +19,8 @@ from stages.regime_w.scorer import solution_views
 from stages.regime_w.signals import CONSTANT, Reasoning, Soundness, analyse_group, judge
 from stages.regime_w.solution import Number, divide, evaluate
 from stages.run.files import read_jsonl
-from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL, POLICIES
+from stages.run.params import load_params
+from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL
 from stages.stats.one import wilson
 from stages.text.answers import canonical, read_answer
 
@@ -33,7 +34,7 @@ def main() -> None:
     changes = {row["id"]: row["change"] for row in read_jsonl(CHANGED)}
     solutions = {row["id"]: row["solution"] for row in read_jsonl(PLATINUM)}
     table = []
-    for name, shown in POLICIES.items():
+    for name in load_params().policy_names:
         counts: Counter[tuple[str, ...]] = Counter()
         for row in read_jsonl(PLATINUM_EVAL / f"{name}.jsonl"):
             if row["correct"] and row.get("twins"):

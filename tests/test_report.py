@@ -103,10 +103,10 @@ def add_everything(root: Path) -> None:
         "metrics/curves/dpo.csv": "step,loss,reward_margin,logp_chosen,logp_rejected,grad_norm\n"
         "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
         "metrics/curves/dpo_selection.csv": "step,valid_accuracy\n0,0.7\n10,0.8\n",
-        "metrics/plots/regime_w/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
+        "metrics/plots/regime_w/dpo/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
         "plain,1,0.9,1.1,10,0.4,0.2\ntutor,1.2,1,1.3,9,0.6,0\nnew,,,,1,,\n",
-        "metrics/plots/regime_w/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
-        "metrics/preference.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
+        "metrics/plots/regime_w/dpo/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
+        "metrics/preference/dpo.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
         "data/platinum_eval/sft.manifest.json": json.dumps(manifest),
         "dvc.lock": "stages:\n  evaluate@sft:\n    params:\n      profiles/tiny.yaml:\n"
         "        evaluate:\n          samples: 4\n",

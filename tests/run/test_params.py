@@ -213,7 +213,7 @@ RUN_MISTAKES = {
     "unknown policy": (
         ("policy: dpo", "policy: rl"),
         "  policy:",
-        "headline.policy: input should be 'base', 'sft'",
+        "headline.policy: choose one of base, sft, dpo (found 'rl')",
     ),
 }
 
