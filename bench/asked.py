@@ -21,6 +21,7 @@ from stages.regime_w.solution import Number, divide, evaluate
 from stages.run.files import read_jsonl
 from stages.run.params import load_params
 from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL
+from stages.run.rounds import shown
 from stages.stats.one import wilson
 from stages.text.answers import canonical, read_answer
 
@@ -48,7 +49,7 @@ def main() -> None:
                 for ends in (("as said",), ("as said", "other"))
             )
             shares = [share(sum(did), sum(of)), *map(share, did, of)]
-            table.append([shown, kind, *shares, f"{counts[kind, 'undefined']:,}"])
+            table.append([shown(name), kind, *shares, f"{counts[kind, 'undefined']:,}"])
     print_table(
         ["policy", "solution", "as said", *(f"as said, where it is {said}" for said in SAID), "undefined"],
         table,
