@@ -275,7 +275,7 @@ def test_page_without_samples(workplace: Path) -> None:
 
 def test_no_evaluation_is_one_clear_line(workplace: Path) -> None:
     shutil.rmtree(workplace / "data")
-    with pytest.raises(UserError, match=r"holds no base\.jsonl, sft\.jsonl or dpo\.jsonl"):
+    with pytest.raises(UserError, match=r"holds none of base\.jsonl, sft\.jsonl, dpo\.jsonl"):
         report.main()
 
 
@@ -440,7 +440,7 @@ def test_table_needs_only_the_metrics(workplace: Path) -> None:
     assert "base" in text and "DPO" in text and "SFT" not in text
 
 
-def test_table_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_table_of_nothing(workplace: Path) -> None:
+    shutil.rmtree(workplace / "metrics")
     with pytest.raises(UserError, match="no results yet"):
         print_results()

@@ -94,7 +94,12 @@ def test_all_tools_know_the_rounds(two_rounds: Project) -> None:
     assert "Rounds</h3>" in page and "SFT → round1" in page and "round1 → DPO" in page
     assert "Manifests, files and dvc.lock do not agree" not in page
     shown = two_rounds.stages("results").stdout
-    assert re.findall(r"^ *(base|SFT|round1|DPO) ", shown, re.MULTILINE)[:4] == ["base", "SFT", "round1", "DPO"]
+    assert re.findall(r"^ *(base|SFT|round1|DPO) ", shown, re.MULTILINE)[:4] == [
+        "base",
+        "SFT",
+        "round1",
+        "DPO",
+    ]
     assert "round1 → DPO" in shown and "SFT → DPO" in shown
     for name, start in (("round1", "SFT"), ("dpo", "round1")):
         pair = rows_of(root / f"data/coherence_preferences/{name}.jsonl")[0]

@@ -203,7 +203,7 @@ def test_changed_weights_are_not_exported_and_changed_parents_are_told(project: 
     assert "Take the settings below with care" in card
     weights = LAST.adapter / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors, written by dpo, differs"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors, written by dpo@dpo, differs"):
         exported(tmp_path / "b")
     assert exported(tmp_path / "b", policy="sft", questions=0)[0]["policy"] == "sft"
     write_manifest({"stage": "base", "params": {}, "inputs": {}}, [BASE])  # built again, as another one
@@ -348,6 +348,6 @@ def test_checkpoints_that_cannot_be_exported(project: Path, tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"dpo_coherence_lora/dpo: has no manifest\.json"):
         exported(tmp_path / "a")
     shutil.rmtree(LAST.adapter)
-    with pytest.raises(UserError, match="lora: is missing; run `dvc repro` to train it, or `dvc pull`"):
+    with pytest.raises(UserError, match="lora/dpo: is missing; run `dvc repro` to train it, or `dvc pull`"):
         exported(tmp_path / "a")
     assert not (tmp_path / "a").exists()
