@@ -12,7 +12,7 @@ A row of data/platinum_eval/<policy>.jsonl:
 
 `twins` are the question's in data/gsm8k/changed.jsonl, perhaps none; with `data.changed: none` no row has the field.
 
-`logprob` is the summed log-probability of the completion at temperature 1, as in data/rollouts.jsonl.
+`logprob` is the summed log-probability of the completion at temperature 1, as in data/rollouts/.
 
 The questions of the other test sets (`data.tests`) are answered greedily in the same run. Their rows are in
 data/tests_eval/<policy>.jsonl: the same fields, `test` for the set's name, and neither twins nor samples.
@@ -30,7 +30,6 @@ from stages.policy.context import Model, base_context, refuse_long
 from stages.policy.request import Request, request_seed
 from stages.run.files import read_jsonl, write_json, write_jsonl
 from stages.run.paths import (
-    ADAPTERS,
     BASE,
     CHANGED,
     PLATINUM,
@@ -41,6 +40,7 @@ from stages.run.paths import (
     TESTS_EVAL,
 )
 from stages.run.process import fix_arithmetic
+from stages.run.rounds import adapter_of
 from stages.run.stage import stage_run
 from stages.stats.changed import changed_metrics
 from stages.stats.one import summarise
@@ -50,8 +50,8 @@ from stages.text.verdict import sample_verdict, verdict
 
 
 def main(policy: str) -> None:
-    """Evaluate one policy: `base`, `sft` or `dpo`."""
-    adapter = ADAPTERS[policy]
+    """Evaluate one policy: `base`, `sft`, or the name of a round."""
+    adapter = adapter_of(policy)
     rows_file, tests_file = PLATINUM_EVAL / f"{policy}.jsonl", TESTS_EVAL / f"{policy}.jsonl"
     metrics_file, details_file = PLATINUM_METRICS / f"{policy}.json", PLATINUM_DETAILS / f"{policy}.json"
     with stage_run(

@@ -25,7 +25,7 @@ FIELDS: FieldTypes = {"id": str, "question": str}
 
 
 def main(policy: str) -> None:
-    """Count the votes of one policy: `base`, `sft` or `dpo`.
+    """Count the votes of one policy: `base`, `sft`, or the name of a round.
 
     Raises UserError when the scorer cannot be used, or the samples lack what `regime_w.vote` needs.
     """

@@ -11,6 +11,7 @@ import pytest
 
 from stages import preference
 from stages.run.errors import UserError
+from stages.run.paths import LAST_ROUND
 
 REPO = Path(__file__).resolve().parents[1]
 OUT = Path("data/pairs.jsonl")
@@ -40,6 +41,6 @@ def test_what_cannot_be_used_is_one_line_and_leaves_the_old_output(
     record = {"id": "q", "question": "How many?", "gold": "10", "trajectories": [row]}
     Path("in.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=message) as caught:
-        preference.main(Path("in.jsonl"), OUT, Path("metrics/preference.json"))
+        preference.main(LAST_ROUND, Path("in.jsonl"), OUT, Path("metrics/preference.json"))
     assert "\n" not in str(caught.value)
     assert OUT.read_text() == "old\n"

@@ -107,10 +107,10 @@ def add_everything(root: Path) -> None:
         "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
         "metrics/curves/sft_selection.csv": "step,valid_accuracy,valid_mean\n0,0.7,0.6\n3,0.6,0.5\n",
         "metrics/curves/dpo_selection.csv": "step,valid_accuracy,valid_mean\n0,0.7,0.6\n10,0.8,0.7\n",
-        "metrics/plots/regime_w/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
+        "metrics/plots/regime_w/dpo/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
         "plain,1,0.9,1.1,10,0.4,0.2\ntutor,1.2,1,1.3,9,0.6,0\nnew,,,,1,,\n",
-        "metrics/plots/regime_w/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
-        "metrics/preference.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
+        "metrics/plots/regime_w/dpo/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
+        "metrics/preference/dpo.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
         "data/platinum_eval/sft.manifest.json": json.dumps(manifest),
         "dvc.lock": "stages:\n  evaluate@sft:\n    params:\n      profiles/tiny.yaml:\n"
         "        evaluate:\n          samples: 4\n",
@@ -383,7 +383,7 @@ def test_page_without_samples(workplace: Path) -> None:
 
 def test_no_evaluation_is_one_clear_line(workplace: Path) -> None:
     shutil.rmtree(workplace / "data")
-    with pytest.raises(UserError, match=r"holds no base\.jsonl, sft\.jsonl or dpo\.jsonl"):
+    with pytest.raises(UserError, match=r"holds none of base\.jsonl, sft\.jsonl, dpo\.jsonl"):
         report.main()
 
 
@@ -548,7 +548,7 @@ def test_table_needs_only_the_metrics(workplace: Path) -> None:
     assert "base" in text and "DPO" in text and "SFT" not in text
 
 
-def test_table_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_table_of_nothing(workplace: Path) -> None:
+    shutil.rmtree(workplace / "metrics")
     with pytest.raises(UserError, match="no results yet"):
         print_results()

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML, YAMLError
 
 from stages.run.errors import UserError
-from stages.run.paths import PARAMS, PROFILES
+from stages.run.paths import BASE, PARAMS, PROFILES
+from stages.run.rounds import adapter_of, chain, policies_of
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -27,6 +28,7 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 Changed = Literal[
     "one", "all", "none"
 ]  # twins of a Platinum question: one, one for each of its numbers, none
+RoundName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a full commit hash, so that it cannot move
 TestName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,15}$")
@@ -116,7 +118,16 @@ class Own(Section):
 class Headline(Section):
     """Which policy's metrics are copied to metrics/headline.json."""
 
-    policy: Literal["base", "sft", "dpo"]
+    policy: str
+
+
+class Round(Section):
+    """A round of rollouts, pairs and DPO: the adapter it starts from, and what it has of its own in three sections."""
+
+    start: str
+    rollout: dict[str, Any]
+    preference: dict[str, Any]
+    dpo: dict[str, Any]
 
 
 # ---- profiles/<profile>.yaml -------------------------------------------------------------------------
@@ -401,9 +412,13 @@ class Rollout(Section):
 
 
 class Dpo(Looking):
-    """Direct preference optimisation. `batch` is global, over all devices."""
+    """Direct preference optimisation. `batch` is global, over all devices.
+
+    `reference`: the frozen policy that DPO measures against, the one that the round starts from or SFT.
+    """
 
     beta: Rate
+    reference: Literal["round", "sft"]
     loss_type: list[Literal["sigmoid", "sft", "ipo", "sigmoid_norm"]]
     loss_weights: list[NonNegative]
     epochs: Positive
@@ -454,6 +469,8 @@ class Params(Section):
     preference: Preference
     headline: Headline
     own: Own
+    rounds: dict[RoundName, Round]
+    policies: dict[str, str]
     model: Annotated[ShippedModel | BuiltModel | HubModel | DirectoryModel, Field(discriminator="source")]
     data: Annotated[GeneratedData | HubData | FilesData, Field(discriminator="source")]
     prompt: Prompt
@@ -464,20 +481,86 @@ class Params(Section):
     hardware: Hardware
 
     @model_validator(mode="after")
-    def _styles_exist(self) -> Self:
-        known = self.prompt.styles
-        wanted = [(f"rollout.arms.{name}.style", arm.style) for name, arm in self.rollout.arms.items()]
-        wanted += [("sft.styles", style) for style in self.sft.styles]
-        for key, style in wanted:
-            if style not in known:
-                raise ValueError(f"{key}: style '{style}' is not in prompt.styles ({', '.join(known)})")
-        for name, arm in self.rollout.arms.items():
-            if arm.system and not self.prompt.chat:
-                raise ValueError(f"rollout.arms.{name}.system: a system line needs prompt.chat: true")
+    def _rounds_are_a_chain(self) -> Self:
+        wanted = {name: (adapter_of(name) or BASE / "manifest.json").as_posix() for name in self.policy_names}
+        for name in [*wanted, *self.policies]:
+            if name not in wanted:
+                raise ValueError(
+                    f"policies.{name}: is neither base nor sft nor one of the rounds; take it out"
+                )
+            if self.policies.get(name) != wanted[name]:
+                found = f" (found '{self.policies[name]}')" if name in self.policies else ""
+                raise ValueError(f"policies.{name}: must be {wanted[name]}, as rounds go{found}")
+        if self.headline.policy not in wanted:
+            raise ValueError(
+                f"headline.policy: choose one of {', '.join(wanted)} (found '{self.headline.policy}')"
+            )
         return self
 
+    @model_validator(mode="after")
+    def _rounds_fit_their_sections(self) -> Self:
+        for name in self.rounds:
+            for section in ("rollout", "preference", "dpo"):
+                self.section_of(section, name)
+        return self
 
-RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline", "own")
+    @model_validator(mode="after")
+    def _styles_exist(self) -> Self:
+        known = self.prompt.styles
+        for style in self.sft.styles:
+            if style not in known:
+                raise ValueError(f"sft.styles: style '{style}' is not in prompt.styles ({', '.join(known)})")
+        own = {f"rounds.{name}.rollout": self.section_of("rollout", name) for name in self.rounds}
+        for place, rollout in ({"rollout": self.rollout} | own).items():
+            for name, arm in rollout.arms.items():
+                if arm.style not in known:
+                    words = f"style '{arm.style}' is not in prompt.styles ({', '.join(known)})"
+                    raise ValueError(f"{place}.arms.{name}.style: {words}")
+                if arm.system and not self.prompt.chat:
+                    raise ValueError(f"{place}.arms.{name}.system: a system line needs prompt.chat: true")
+        return self
+
+    @property
+    def chain(self) -> dict[str, str]:
+        """Each round with the policy that it starts from, the first round first."""
+        return chain(self.starts)
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """Each round with the adapter that it starts from, as params.yaml has it."""
+        return {name: one.start for name, one in self.rounds.items()}
+
+    @property
+    def policy_names(self) -> tuple[str, ...]:
+        """All policies, in the order of the pipeline."""
+        return policies_of(self.starts)
+
+    def section_of(self, section: str, round_name: str) -> Any:
+        """A section as one round has it: its own values over those of all rounds.
+
+        Raises ValueError, with the key in front, for a value of its own that does not fit.
+        """
+        shared, own = getattr(self, section), getattr(self.rounds[round_name], section)
+        if not own:
+            return shared
+        try:
+            return type(shared).model_validate(overlay(shared.model_dump(exclude_unset=True), own))
+        except ValidationError as error:
+            path, message = _explain(error.errors()[0])
+            raise ValueError(
+                f"{'.'.join(('rounds', round_name, section, *map(str, path)))}: {message}"
+            ) from None
+
+
+def overlay(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`shared` with the values of `own` over it, level by level. A list is one value."""
+    both = (
+        key for key, value in own.items() if isinstance(value, dict) and isinstance(shared.get(key), dict)
+    )
+    return {**shared, **own, **{key: overlay(shared[key], own[key]) for key in both}}
+
+
+RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline", "own", "rounds", "policies")
 # What a profile leaves to params.yaml: section and source in the profile, the section's key, the key in `own`.
 OWN = (
     ("data", "files", "train", "train"),
@@ -490,27 +573,41 @@ class Sections:
     """The declared sections of the parameters, as attributes; any other name is a programming error.
 
     `regime_w.vote` declares one key of a section: the section can be read, and only the key is recorded.
+    `rounds.${key}.dpo`, as in dvc.yaml, declares what one round has of its own in the section `dpo`: the section is
+    then read as that round has it, and both are recorded.
     """
 
-    def __init__(self, params: Params, names: tuple[str, ...]) -> None:
-        self._params = params
-        self.declared = names
+    def __init__(self, params: Params, names: tuple[str, ...], round_name: str = "") -> None:
+        self._params, self._round = params, round_name
+        self.declared = tuple(name.replace("${key}", round_name) for name in names)
 
     def __getattr__(self, name: str) -> Any:
         if name not in (*(section.partition(".")[0] for section in self.declared), "hardware", "profile"):
             raise AttributeError(f"section '{name}' was not declared by this stage")
+        if f"rounds.{self._round}.{name}" in self.declared:
+            return self._params.section_of(name, self._round)
         return getattr(self._params, name)
+
+    @property
+    def later(self) -> str:
+        """The name of the round, if another one came before it. The first round's choices do not depend on its name."""
+        return "" if self._round == next(iter(self._params.chain)) else self._round
+
+    def so_far(self, section: str) -> list[Any]:
+        """A section as each round of the chain has it, up to this one."""
+        names = list(self._params.chain)
+        return [self._params.section_of(section, one) for one in names[: names.index(self._round) + 1]]
 
     def read(self) -> dict[str, Any]:
         """The declared values that may change results, as plain data for manifest and fingerprint."""
         data = self._params.model_dump(mode="json")
         values: dict[str, Any] = {}
         for name in self.declared:
-            section, _, key = name.partition(".")
-            if key:
-                values.setdefault(section, {})[key] = data[section][key]
-            else:
-                values[section] = data[section]
+            *above, key = name.split(".")
+            source, target = data, values
+            for part in above:
+                source, target = source[part], target.setdefault(part, {})
+            target[key] = source[key]
         return values
 
 
@@ -581,6 +678,11 @@ def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
     if kind == "union_tag_invalid":
         found = error["ctx"]
         return (*path, "source"), f"'{found['tag']}' is unknown; choose one of {found['expected_tags']}"
+    if path[-1:] == ("[key]",):
+        wrong = (
+            "letters, digits, - and _" if kind == "string_pattern_mismatch" else "text, so put it in quotes"
+        )
+        return path[:-1], f"a name must be {wrong}"
     if kind in ("missing", "union_tag_not_found"):
         return ((*path, "source") if kind != "missing" else path), "is missing"
     if kind == "string_pattern_mismatch":  # a Revision, the only text with a pattern

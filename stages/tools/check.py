@@ -251,9 +251,10 @@ def estimates(params: Params, shape: Shape, device: Device, processes: int) -> I
     """(stage, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
     if not device.cuda and not computes_bf16():
         shape = replace(shape, width=4)  # it is stored in the profile's precision, and loaded in 32 bits
-    for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
+    for name, spec in {"sft": params.sft, **_of_rounds(params, "dpo")}.items():
         yield (name, *_training(params, spec, shape, device, processes))
-    lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}
+    lengths = {name: spec.max_new_tokens for name, spec in _of_rounds(params, "rollout").items()}
+    lengths["evaluate"] = params.evaluate.max_new_tokens
     for name, new in lengths.items():
         need = memory.generation_need(shape, params.sft.lora.r, memory.PROMPT_TOKENS, new)
         given = params.hardware.generation_batch
@@ -261,6 +262,13 @@ def estimates(params: Params, shape: Shape, device: Device, processes: int) -> I
         advice = "lower hardware.generation_batch" if rows > 1 else f"lower {name}.max_new_tokens"
         # vLLM fills all memory it is given; for it this is the least that it needs.
         yield (name, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
+
+
+def _of_rounds(params: Params, section: str) -> dict[str, Any]:
+    """A section by stage: the one of all rounds, and that of each round which has something of its own."""
+    own = {f"{section}@{name}": params.section_of(section, name) for name in params.chain}
+    shared = getattr(params, section)
+    return {section: shared} | {name: spec for name, spec in own.items() if spec != shared}
 
 
 def _training(
@@ -317,8 +325,8 @@ def needed_room(params: Params, shape: Shape, devices: list[Device]) -> Iterator
     new = 0 if _base_is_made(params) else model
     converted = sum(file.stat().st_size for file in (WORK / "base").rglob("*") if file.is_file())
     cache, linked = _dvc_cache()
-    # Two adapters, and DVC's copies. While DPO saves, three checkpoints: with the reference and Adam's two averages.
-    training = (2 * 2 + 3 * (2 + 2)) * adapter
+    # The adapters, and DVC's copies. While DPO saves, three checkpoints: with the reference and Adam's two averages.
+    training = ((1 + len(params.rounds)) * 2 + 3 * (2 + 2)) * adapter
     disks: dict[int, tuple[list[str], int, int]] = {}
     for what, place, bytes_ in (
         ("base model", BASE, max(0, new - converted)),
@@ -456,7 +464,7 @@ def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterato
         yield f"sft, style {style}: prompt", filled(style)
     yield "sft: completion (the end token follows)", completion
     arms: dict[tuple[str, str | None], list[str]] = {}
-    for name, arm in params.rollout.arms.items():
+    for name, arm in (one for spec in _of_rounds(params, "rollout").values() for one in spec.arms.items()):
         arms.setdefault((arm.style, arm.system or params.prompt.system), []).append(name)
     for (style, system), names in arms.items():
         yield f"rollout, style {style}: {', '.join(names)}", filled(style, system)

@@ -30,7 +30,7 @@ from stages.policy.adapter import read_adapter
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl, write_jsonl
 from stages.run.params import BuiltModel, Sections, load_params
-from stages.run.paths import BASE, DPO_CURVE, PAIRS, TRAIN, VALID
+from stages.run.paths import BASE, LAST, TRAIN, VALID
 from stages.run.resume import TRAINER
 from stages.run.stage import StageRun
 from stages.tiny.model import build_tokenizer, corpus
@@ -72,7 +72,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = [(one.question, one.solution("steps")) for one in islice(problems("train", 1), 8 * STEPS)]
     rows = [{"id": str(i), "question": q, "solution": a, "gold": "1"} for i, (q, a) in enumerate(made)]
     pairs = [{"prompt": q, "chosen": a, "rejected": "#### 7"} for q, a in made]
-    for path, content in ((TRAIN, rows), (PAIRS, pairs), (VALID, rows[:1])):
+    for path, content in ((TRAIN, rows), (LAST.pairs, pairs), (VALID, rows[:1])):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, content)
     return tmp_path
@@ -84,7 +84,8 @@ def start(stage: str, work: Path, entry: str = "", **hardware: Any) -> str:
     params = params.model_copy(update={"hardware": params.hardware.model_copy(update=hardware)})
     said = Console(file=io.StringIO(), width=200)
     work.mkdir(exist_ok=True)
-    run = StageRun(stage, Sections(params, (stage, "prompt", "seed")), work, said)
+    label = stage if stage == "sft" else f"{stage}@{LAST.round}"
+    run = StageRun(label, Sections(params, (stage, "prompt", "seed"), label.partition("@")[2]), work, said)
     train_everywhere(entry or f"stages.{stage}:train", run, getattr(params, stage).batch)
     return said.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
@@ -383,19 +384,19 @@ def test_two_processes_agree_on_their_rows(project: Path, start_two: Callable[[s
 def test_processes_take_as_many_tokens_not_pairs(project: Path, start_two: Callable[..., str]) -> None:
     """One takes the few long pairs of a batch, the other the many short ones; they learn what one process does."""
     answer = "3*4=12. " * 9
-    pairs = list(read_jsonl(PAIRS, {"chosen": str}))
+    pairs = list(read_jsonl(LAST.pairs, {"chosen": str}))
     for pair in pairs[::5]:
         pair["chosen"] = answer + pair["chosen"]
-    write_jsonl(PAIRS, pairs)
+    write_jsonl(LAST.pairs, pairs)
     start("sft", project / "sft")
     start("dpo", project / "one", per_device_batch=8, processes=1)
-    wanted, curve = trained(project / "one"), DPO_CURVE.read_text()
+    wanted, curve = trained(project / "one"), LAST.curve.read_text()
     start_two("counting", "dpo")
     counts = list(zip(*(read_json(project / f"pairs-{rank}") for rank in (0, 1)), strict=True))
     assert [sum(pair) for pair in counts] == [8] * STEPS
     assert any(min(pair) < 4 for pair in counts)
     assert_close(trained(project / "work"), wanted)
-    for one, two in zip(curve.splitlines()[1:], DPO_CURVE.read_text().splitlines()[1:], strict=True):
+    for one, two in zip(curve.splitlines()[1:], LAST.curve.read_text().splitlines()[1:], strict=True):
         assert [*map(float, two.split(","))] == pytest.approx(
             [*map(float, one.split(","))], rel=1e-2, abs=1e-3
         )

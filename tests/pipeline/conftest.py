@@ -257,7 +257,7 @@ def assert_same_adapter() -> Callable[[str, Project, Project], None]:
     import torch
     from safetensors.torch import load_file
 
-    folders = {"sft": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora"}
+    folders = {"sft": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora/dpo"}
 
     def check(stage: str, one: Project, other: Project) -> None:
         file = Path(folders[stage]) / "adapter_model.safetensors"

@@ -141,7 +141,7 @@ def assert_ran(project: Project, profile: dict[str, Any]) -> None:
     assert not (project.guard / "attempts").exists(), "a stage tried to open a network connection"
 
     # Training: both adapters as the profile says, gradients at every step, loss falling from its start.
-    for name in ("sft_lora", "dpo_coherence_lora"):
+    for name in ("sft_lora", "dpo_coherence_lora/dpo"):
         config = read(project, f"checkpoints/{name}/adapter_config.json")
         lora = profile["sft"]["lora"]
         assert [config[key] for key in ("r", "lora_alpha", "lora_dropout")] == list(lora.values())
@@ -158,7 +158,7 @@ def assert_ran(project: Project, profile: dict[str, Any]) -> None:
     assert read_curve(project, "dpo_selection")[0]["step"] == 0
 
     # Rollouts through all arms of the profile, with both verdicts; pairs from them.
-    rollouts = read_rows(project, "data/regime_w_rollouts.jsonl")
+    rollouts = read_rows(project, "data/regime_w_rollouts/dpo.jsonl")
     assert len(rollouts) == SMALL["rollout.questions"]
     arms = list(profile["rollout"]["arms"])
     assert len(arms) == 8
@@ -168,7 +168,7 @@ def assert_ran(project: Project, profile: dict[str, Any]) -> None:
     verdicts = {one["correct"] for row in rollouts for one in row["trajectories"]}
     assert verdicts == {True, False}
     assert any(one["s_path"] > 0 for row in rollouts for one in row["trajectories"]), "no equation was read"
-    pairs = read_rows(project, "data/coherence_preferences.jsonl")
+    pairs = read_rows(project, "data/coherence_preferences/dpo.jsonl")
     assert {"correctness"} <= {pair["kind"] for pair in pairs}
     assert len(dpo) == -(-len(pairs) // SMALL["dpo.batch"]), "no pair was too long"
 

@@ -237,6 +237,8 @@ def test_mistake_in_profile(tmp_path: Path, name: str) -> None:
         assert f"profiles/small.yaml:{line_of(profile, line)}: " in message
 
 
+SFT_LORA = "checkpoints/sft_lora"
+ROUND = "  {}: {{start: {}, rollout: {{}}, preference: {{}}, dpo: {{}}}}\n"
 RUN_MISTAKES = {
     "unknown key": (
         ("kappa: 1.0", "kapa: 1.0, kappa: 1.0"),
@@ -268,7 +270,52 @@ RUN_MISTAKES = {
     "unknown policy": (
         ("policy: dpo", "policy: rl"),
         "  policy:",
-        "headline.policy: input should be 'base', 'sft'",
+        "headline.policy: choose one of base, sft, dpo (found 'rl')",
+    ),
+    "no last round": (
+        ("  dpo: {start", "  round1: {start"),
+        "rounds:",
+        "rounds.dpo: is missing; the last round is called so",
+    ),
+    "name of another policy": (
+        ("  dpo: {start", ROUND.format("sft", SFT_LORA) + "  dpo: {start"),
+        "  sft: {start",
+        "rounds.sft: is the name of another policy",
+    ),
+    "name that is no file name": (
+        ("  dpo: {start", "  a/b: {start"),
+        "  a/b:",
+        "rounds.a/b: a name must be letters, digits, - and _",
+    ),
+    "start that nothing makes": (
+        ("start: checkpoints/sft_lora", "start: checkpoints/sft"),
+        "  dpo: {start",
+        "rounds.dpo.start: no adapter of this run; choose one of checkpoints/dpo_coherence_lora/dpo, checkpoints/sft",
+    ),
+    "circle": (
+        ("start: checkpoints/sft_lora", "start: checkpoints/dpo_coherence_lora/dpo"),
+        "  dpo: {start",
+        "rounds.dpo.start: a circle",
+    ),
+    "round beside the chain": (
+        ("  dpo: {start", ROUND.format("round1", SFT_LORA) + "  dpo: {start"),
+        "  round1: {start",
+        "rounds.round1: no other round starts from it",
+    ),
+    "policies that are not the rounds": (
+        ("dpo: checkpoints/dpo_coherence_lora/dpo}", "dpo: checkpoints/dpo}"),
+        "policies:",
+        "policies.dpo: must be checkpoints/dpo_coherence_lora/dpo, as rounds go (found 'checkpoints/dpo')",
+    ),
+    "own value that does not fit": (
+        ("preference: {}, dpo: {}", "preference: {}, dpo: {beta: -1}"),
+        "  dpo: {start",
+        "rounds.dpo.dpo.beta: input should be greater than 0",
+    ),
+    "style of a round": (
+        ("rollout: {}", "rollout: {arms: {one: {style: other}}}"),
+        "  dpo: {start",
+        "rounds.dpo.rollout.arms.one.style: style 'other' is not in prompt.styles",
     ),
 }
 
@@ -316,3 +363,29 @@ def test_a_stage_sees_its_own_sections_only(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="dpo"):
         _ = sections.dpo
     assert list(sections.read()) == ["sft", "seed"]
+
+
+def test_a_round_has_values_of_its_own(tmp_path: Path) -> None:
+    """They count for this round alone, wherever it stands in the map, and both are recorded."""
+    first = "checkpoints/dpo_coherence_lora/round1"
+    own = "rollout: {questions: 7, arms: {two: {temperature: 0.5}}}, preference: {}, dpo: {beta: 0.5}"
+    run = change(
+        RUN,
+        ROUND.format("dpo", SFT_LORA),
+        f"  dpo: {{start: {first}, {own}}}\n" + ROUND.format("round1", SFT_LORA),
+        "sft: checkpoints/sft_lora,",
+        f"sft: checkpoints/sft_lora, round1: {first},",
+    )
+    params = load_params(write(tmp_path, run=run))
+    assert params.policy_names == ("base", "sft", "round1", "dpo")
+    assert params.chain == {"round1": "sft", "dpo": "round1"}
+    names = ("dpo", "rollout", "rounds.${key}.dpo", "rounds.${key}.rollout")
+    one, two = (Sections(params, names, name) for name in ("round1", "dpo"))
+    assert (one.dpo.beta, two.dpo.beta) == (0.1, 0.5)
+    assert (one.rollout.arms["two"].temperature, two.rollout.arms["two"].temperature) == (1.0, 0.5)
+    assert two.rollout.arms["two"].top_p == 0.9
+    assert [spec.questions for spec in two.so_far("rollout")] == [10, 7]
+    assert (one.later, two.later) == ("", "dpo")
+    read = two.read()
+    assert read["dpo"]["beta"] == 0.1 and read["rounds"]["dpo"]["dpo"] == {"beta": 0.5}
+    assert "round1" not in read["rounds"]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 from trl.trainer.utils import use_adapter
 
-from stages import dpo, sft
+from stages import sft
 from stages.engine.load import engine_around
 from stages.policy import adapter as policy_adapter
 from stages.policy.adapter import (
@@ -35,10 +35,17 @@ from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
 from stages.run.files import read_json, write_jsonl
 from stages.run.params import Lora, Prompt, load_params
-from stages.run.paths import BASE, PAIRS, ROOT, TRAIN, VALID
+from stages.run.paths import BASE, LAST, ROOT, TRAIN, VALID
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
-from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start, split_losses
+from stages.train.pair_trainer import (
+    PairTrainer,
+    assert_reference,
+    assert_same_start,
+    set_reference,
+    split_losses,
+)
+from stages.train.pairs import build_rows, pair_length
 from stages.train.selection import Selection
 from stages.train.trainer import (
     InputsAsTheyAre,
@@ -120,7 +127,7 @@ def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     BASE.symlink_to(base_folder)  # where PEFT looks for the base model's config
     for path, rows in {
         TRAIN: [*PROBLEMS, TOO_LONG],
-        PAIRS: [
+        LAST.pairs: [
             {"prompt": row["question"], "chosen": row["solution"], "rejected": "#### 7", "rejected_finish": end}
             for row, end in zip(PROBLEMS, ["stop", "length"] * 4, strict=True)
         ],
@@ -189,12 +196,12 @@ def dpo_trainer(
 ) -> tuple[Any, list[dict[str, list[int]]]]:
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
-    rows, _ = dpo.build_rows(project, tokenizer)
+    rows, _ = build_rows(LAST.pairs, DPO.max_tokens, PROMPT, tokenizer)
     arguments = trainer_arguments(DPO, 3, model, at_once, project.work) | {"save_strategy": "no"}
     trainer = PairTrainer(
         model=model,
         args=DPOConfig(**arguments, beta=DPO.beta, loss_type=[loss], loss_weights=[1.0]),
-        train_dataset=training_set(rows, [dpo.pair_length(row) for row in rows], DPO, 3),
+        train_dataset=training_set(rows, [pair_length(row) for row in rows], DPO, 3),
         processing_class=tokenizer,
         nll=nll,
     )
@@ -256,7 +263,7 @@ def test_the_opening_is_in_the_prompts_tokens_and_not_in_the_completions() -> No
 def test_a_rejected_text_that_was_cut_off_has_no_end(project: SimpleNamespace) -> None:
     """The policy wrote no end token there, so DPO must not make one less likely."""
     tokenizer = byte_level()
-    rows, too_long = dpo.build_rows(project, tokenizer)
+    rows, too_long = build_rows(LAST.pairs, DPO.max_tokens, PROMPT, tokenizer)
     assert (len(rows), too_long) == (8, 0)
     assert all(row["chosen_ids"][-1] == tokenizer.eos_token_id for row in rows)
     ended = [row["rejected_ids"][-1] == tokenizer.eos_token_id for row in rows]
@@ -514,9 +521,31 @@ def test_a_reference_that_moved_is_found(
     name, weight = next((n, w) for n, w in trainer.model.named_parameters() if ".ref." in n and "lora_B" in n)
     with torch.no_grad():
         weight[0, 0] += 1e-3
-    with pytest.raises(RuntimeError, match=r"reference is not the SFT adapter") as found:
+    with pytest.raises(RuntimeError, match=r"reference is not .*adapter: ") as found:
         assert_reference(trainer.model, sft_adapter)
     assert name.split(".ref.")[0] in str(found.value)
+
+
+def test_a_later_round_may_have_sft_as_its_reference(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    """Its policy starts where the round before ended, and its reference is SFT, which does not move."""
+    first, _ = dpo_trainer(project, base_folder, sft_adapter)
+    first.train()
+    start = tmp_path / "round1"
+    start.mkdir()
+    save_adapter(adapter_weights(first.model), adapter_config(first.model), start)
+    trainer, rows = dpo_trainer(project, base_folder, start)
+    assert_reference(trainer.model, start)
+    assert_same_start(trainer, rows)
+    set_reference(trainer.model, sft_adapter)
+    with pytest.raises(RuntimeError, match="reference is not"):
+        assert_reference(trainer.model, start)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] != pytest.approx(0.693147, abs=1e-3)
+    assert_reference(trainer.model, sft_adapter)
+    policy, saved = adapter_weights(trainer.model), read_adapter(start)
+    assert all(not torch.equal(saved[name], policy[name]) for name in saved)
 
 
 # ---- Losses --------------------------------------------------------------------------------------------
