@@ -76,7 +76,6 @@ def train(run: StageRun, most_rows: int | None) -> None:
 
     # Model: the SFT adapter is trained further. TRL makes a frozen copy of it as the reference.
     config, trained = adapter_config(model), assert_trainable(model)
-    losses = dict(zip(spec.loss_type, spec.loss_weights, strict=True))
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)
@@ -87,12 +86,8 @@ def train(run: StageRun, most_rows: int | None) -> None:
         trainer = PairTrainer(
             model=model,
             args=DPOConfig(
-                **arguments,
-                beta=spec.beta,
-                loss_type=[one for one in losses if one != "sft"] or ["sigmoid"],
-                loss_weights=[weight for one, weight in losses.items() if one != "sft"] or [0.0],
+                **arguments, beta=spec.beta, loss_type=spec.loss_type, loss_weights=spec.loss_weights
             ),
-            nll=losses.get("sft", 0.0),
             train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],

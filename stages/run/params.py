@@ -321,7 +321,7 @@ class Dpo(Section):
     """Direct preference optimisation. `batch` is global, over all devices."""
 
     beta: Rate
-    loss_type: list[Literal["sigmoid", "sft", "ipo", "hinge"]]
+    loss_type: list[Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]]
     loss_weights: list[NonNegative]
     epochs: Positive
     batch: Positive
@@ -340,6 +340,8 @@ class Dpo(Section):
             raise ValueError("loss_weights: give one weight for each loss_type")
         if len(set(self.loss_type)) != len(self.loss_type):
             raise ValueError("loss_type: names a loss twice")
+        if not any(self.loss_weights):
+            raise ValueError("loss_weights: at least one must be above 0, or nothing is learned")
         if self.select_steps % self.checkpoint_steps:
             raise ValueError(
                 "select_steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"
