@@ -28,9 +28,10 @@ class PairTrainer(BalancedTokens, InputsAsTheyAre, DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        losses = dict(zip(self.loss_types, self.loss_weights, strict=True))
-        self.nll = losses.pop("sft", 0.0)
-        self.loss_types, self.loss_weights = list(losses), list(losses.values())  # what TRL computes
+        losses = dict(zip(self.args.loss_type, self.args.loss_weights, strict=True))
+        self.nll: float = losses.pop("sft", 0.0)
+        self.loss_types: list[str] = list(losses)  # what TRL computes
+        self.loss_weights: list[float] = list(losses.values())
         gather = self.accelerator.gather
 
         def gather_rows(values: torch.Tensor) -> torch.Tensor:
