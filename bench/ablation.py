@@ -30,7 +30,7 @@ from stages.regime_w.reward import reward_parts
 from stages.regime_w.signals import analyse_group, judge, score_group
 from stages.run.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from stages.run.params import load_params
-from stages.run.paths import PAIRS, PLATINUM, PLATINUM_EVAL, SCORED
+from stages.run.paths import LAST, PLATINUM, PLATINUM_EVAL
 from stages.stats.one import bootstrap_interval, majority
 
 ARMS = ("correctness", "kappa 0", "kappa 1", "placebo")
@@ -79,12 +79,12 @@ def run_seed(seed: int, place: Path, changes: list[str]) -> Arms:
         target = done / f"{arm.replace(' ', '-')}.json"
         if not target.is_file():
             make_pairs(place, arm, seed, results)
-            digest = sha256_file(place / PAIRS)
+            digest = sha256_file(place / LAST.pairs)
             twin = next((row for row in results.values() if row["sha256"] == digest), None)
             if twin is None:
                 call(place, "python", "-m", "stages", "dpo")
                 call(place, "python", "-m", "stages", "evaluate", "dpo")
-            kinds = Counter(pair["kind"] for pair in read_jsonl(place / PAIRS))
+            kinds = Counter(pair["kind"] for pair in read_jsonl(place / LAST.pairs))
             pairs = {kind: kinds[kind] for kind in ("correctness", "coherence")}
             measures = twin["measures"] if twin else measure(place)
             write_json(target, {"sha256": digest, "pairs": pairs, "measures": measures})
@@ -108,13 +108,13 @@ def make_pairs(place: Path, arm: str, seed: int, results: Arms) -> None:
         shuffle(place, seed)
     call(place, "python", "-m", "stages", "preference")
     if arm == "placebo":
-        same_count(place / PAIRS, results["kappa 1"]["pairs"], seed)
+        same_count(place / LAST.pairs, results["kappa 1"]["pairs"], seed)
 
 
 def shuffle(place: Path, seed: int) -> None:
     """Shuffle each question's s_wm among its correct trajectories, and reward them by it."""
     terms = load_params(place).regime_w.reward
-    records = list(read_jsonl(place / SCORED))
+    records = list(read_jsonl(place / LAST.scored))
     for record in records:
         right = [row for row in record["trajectories"] if row["correct"]]
         values = [row["s_wm"] for row in right]
@@ -124,7 +124,7 @@ def shuffle(place: Path, seed: int) -> None:
             row["reward"] = reward_parts(
                 True, value, record["s_wm"], record["s_end"], row["tokens"], terms
             ).total
-    write_jsonl(place / SCORED, records)
+    write_jsonl(place / LAST.scored, records)
 
 
 def same_count(path: Path, wanted: dict[str, int], seed: int) -> None:

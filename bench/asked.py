@@ -19,7 +19,9 @@ from stages.regime_w.scorer import solution_views
 from stages.regime_w.signals import CONSTANT, Reasoning, Soundness, analyse_group, judge
 from stages.regime_w.solution import Number, divide, evaluate
 from stages.run.files import read_jsonl
-from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL, POLICIES
+from stages.run.params import load_params
+from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL
+from stages.run.rounds import shown
 from stages.stats.one import wilson
 from stages.text.answers import canonical, read_answer
 
@@ -33,7 +35,7 @@ def main() -> None:
     changes = {row["id"]: row["change"] for row in read_jsonl(CHANGED)}
     solutions = {row["id"]: row["solution"] for row in read_jsonl(PLATINUM)}
     table = []
-    for name, shown in POLICIES.items():
+    for name in load_params().policy_names:
         counts: Counter[tuple[str, ...]] = Counter()
         for row in read_jsonl(PLATINUM_EVAL / f"{name}.jsonl"):
             if row["correct"] and row.get("twins"):
@@ -47,7 +49,7 @@ def main() -> None:
                 for ends in (("as said",), ("as said", "other"))
             )
             shares = [share(sum(did), sum(of)), *map(share, did, of)]
-            table.append([shown, kind, *shares, f"{counts[kind, 'undefined']:,}"])
+            table.append([shown(name), kind, *shares, f"{counts[kind, 'undefined']:,}"])
     print_table(
         ["policy", "solution", "as said", *(f"as said, where it is {said}" for said in SAID), "undefined"],
         table,

@@ -6,15 +6,16 @@ A pass costs its rows times its longest row: padding is computed too. The passes
 ends when the last GPU has done its own. The ideal step has no padding and keeps all GPUs equally long: all tokens,
 divided by the GPUs. Columns are times of that ideal. "Equal rows" is what the stages did before: rows sorted by length,
 equally many in each pass, dealt out in turn, so that the last GPU always got the longest. "Equal tokens" is what they
-do (stages/train/trainer.py, BalancedTokens). Lengths are those of bench/gpu.py, rows and batches those of
-profiles/abel-7b.yaml; a pair costs twice its longer side.
+do (stages/train/trainer.py, BalancedTokens). "Padding-free" is what would be left of it if no padding were computed
+(bench/padding_free.py) and passes were cut by the tokens of whole pairs. Lengths are those of bench/gpu.py, rows and
+batches those of profiles/abel-7b.yaml; a pair costs twice its longer side.
 """
 
 from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,12 +29,13 @@ from stages.train.trainer import LENGTH, BalancedTokens, training_order
 
 ROWS, SEED = 4_000, 17
 GPUS = (1, 2, 4, 8)
+HEAD = ["", "GPUs", "rows a pass", "equal rows", "equal tokens", "of it padding", "padding-free"]
 
 
 def main() -> None:
     """Simulate SFT and DPO on each number of GPUs and print the table."""
     new_parser(__doc__).parse_args()
-    print_table(["", "GPUs", "rows a pass", "equal rows", "equal tokens", "of it padding"], table())
+    print_table(HEAD, table())
 
 
 def table() -> Iterator[list[str]]:
@@ -47,11 +49,13 @@ def table() -> Iterator[list[str]]:
             processes = training_processes(gpus, batch)
             rows = micro_batch(batch, processes, SEQUENCES if phase == "SFT" else SEQUENCES // 2)
             ideal = sum(tokens) / processes
-            before = steps(equal_rows(places, batch, processes, rows), places, batch // (rows * processes))
-            after = steps(equal_tokens(places, batch, processes, rows), places, batch // (rows * processes))
+            passes = batch // (rows * processes)
+            before = steps(equal_rows(places, batch, processes, rows), padded(places), passes)
+            after = steps(equal_tokens(places, batch, processes, rows), padded(places), passes)
+            free = steps(equal_tokens(tokens, batch, processes, rows), real(tokens), passes)
             padding = 1 - sum(tokens) / sum(map(sum, after))
-            taken = [f"{sum(map(max, zip(*one, strict=True))) / ideal:.2f}" for one in (before, after)]
-            yield [phase, str(gpus), str(rows), *taken, f"{padding:.0%}"]
+            taken = [f"{sum(map(max, zip(*one, strict=True))) / ideal:.2f}" for one in (before, after, free)]
+            yield [phase, str(gpus), str(rows), *taken[:2], f"{padding:.0%}", taken[2]]
 
 
 def abel() -> Params:
@@ -98,9 +102,19 @@ def equal_tokens(lengths: list[int], batch: int, processes: int, rows: int) -> l
     return made
 
 
-def steps(passes: list[list[list[int]]], lengths: list[int], count: int) -> list[list[int]]:
+def padded(lengths: list[int]) -> Callable[[list[int]], int]:
+    """What a pass costs when its rows are padded to the longest."""
+    return lambda one: len(one) * max(lengths[at] for at in one)
+
+
+def real(lengths: list[int]) -> Callable[[list[int]], int]:
+    """What a pass costs without padding."""
+    return lambda one: sum(lengths[at] for at in one)
+
+
+def steps(passes: list[list[list[int]]], price: Callable[[list[int]], int], count: int) -> list[list[int]]:
     """For each process what each of its steps costs, of `count` passes each."""
-    cost = [[len(one) * max(lengths[at] for at in one) for one in mine] for mine in passes]
+    cost = [[price(one) for one in mine] for mine in passes]
     return [[sum(mine[at : at + count]) for at in range(0, len(mine), count)] for mine in cost]
 
 

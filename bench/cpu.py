@@ -120,10 +120,11 @@ def main() -> None:
 
 def make_tasks(params: Params, tokenizer: object, questions: int | None) -> dict[str, list[Request]]:
     """The requests of the rollout, and those of greedy decoding."""
-    from stages.rollout import pick_questions, problems_at
+    from stages.policy.questions import pick_questions
+    from stages.rollout import problems_at
 
     spec = params.rollout
-    places = pick_questions(sum(1 for _ in read_jsonl(TRAIN)), questions, params.seed)
+    places = pick_questions(sum(1 for _ in read_jsonl(TRAIN)), [questions], params.seed)
     tasks: dict[str, list[Request]] = {"rollout": [], "greedy": []}
     for problem in problems_at(places):
         for name, arm in spec.arms.items():

@@ -22,8 +22,9 @@ from common import ROOT, machine, new_parser, note, print_table, versions
 from stages.policy.request import Completion, Engine, Request, request_seed
 from stages.run.files import read_jsonl
 from stages.run.params import load_params
-from stages.run.paths import ADAPTERS, BASE, PLATINUM
+from stages.run.paths import BASE, PLATINUM
 from stages.run.process import fix_arithmetic, prepare_process
+from stages.run.rounds import adapter_of
 from stages.text.prompts import prompt_ids
 
 DRAWN = [(0.7, 1.0), (0.9, 0.95), (1.1, 1.0)]  # temperature, top_p
@@ -32,7 +33,7 @@ DRAWN = [(0.7, 1.0), (0.9, 0.95), (1.1, 1.0)]  # temperature, top_p
 def main() -> None:
     """Complete the requests by every engine and print the table."""
     parser = new_parser(__doc__)
-    parser.add_argument("--policy", default="sft", choices=ADAPTERS)
+    parser.add_argument("--policy", default="sft")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument(
         "--run", type=Path, default=ROOT, help="a folder with data/ and checkpoints/ of a run"
@@ -48,7 +49,7 @@ def main() -> None:
     from stages.engine.vllm_engine import VllmEngine
     from stages.policy.adapter import load_policy, load_tokenizer
 
-    params, adapter = load_params(), ADAPTERS[options.policy]
+    params, adapter = load_params(), adapter_of(options.policy)
     fix_arithmetic(params.hardware.threads, 0)
     tokenizer, limit, requests = load_tokenizer(), params.evaluate.max_new_tokens, []
     for problem in islice(read_jsonl(PLATINUM, {"id": str, "question": str}), options.questions):

@@ -14,7 +14,7 @@ Each part runs in a process of its own, so that its memory is its own and a fail
 - generation: rollouts and the greedy evaluation by one engine (--engine), after a warm-up. The time that the engine
   takes to start is not in the rate; it is given beside it. When a part's time runs out before its requests are done,
   the rate is that of the completions after the first quarter of the time.
-- selection: the answers by which DPO chooses its step, by the engine that generates while a model is in training.
+- selection: the answers by which SFT and DPO choose their steps, by the engine that generates while a model trains.
 - generate: rollouts and evaluation by `model.generate`, 32 rows at a time in their own order, each batch going on until
   its longest answer is done. Only tokens up to each row's limit count. Some of the requests, scaled by tokens.
 - sft, dpo: the trainers and arguments of the stages, after 2 warm-up steps. The loss and its FLOPs count real tokens,
@@ -99,7 +99,8 @@ TRIALS: dict[str, dict[str, Any]] = {
     "unsorted": {"unsorted": True},
     "activations kept": {"hardware": {"gradient_checkpointing": False}},
     "activations recomputed": {"hardware": {"gradient_checkpointing": True}},
-    "padding-free": {"arguments": {"padding_free": True}, "only": "sft"},
+    "padding-free": {"padding_free": True},  # bench/padding_free.py
+    "fused layers": {"fused": True},  # Liger's norms and MLP; needs the package liger-kernel
     "inputs in 32 bits": {"plain_trainer": True},
     "compiled": {"arguments": {"torch_compile": True}},
 }
@@ -179,7 +180,13 @@ def prepare_place(place: Path, small: bool, engine: str) -> Path:
     changes = [f"hardware.engine={engine}"]
     if small:
         changes += ["hardware.threads=1", "hardware.processes=1", "hardware.generation_batch=64"]
-        changes += ["sft.batch=16", "dpo.batch=16", "rollout.questions=4", "dpo.select_questions=8"]
+        changes += [
+            "sft.batch=16",
+            "dpo.batch=16",
+            "rollout.questions=4",
+            "sft.select.questions=8",
+            "dpo.select.questions=8",
+        ]
     change(place / "profiles" / "abel-7b.yaml", changes)
     return place
 
@@ -199,9 +206,8 @@ def plan_parts(devices: int, trials: Sequence[str]) -> list[Part]:
             Part(f"{phase} by TRL", "train", {"phase": phase, "defaults": True, "plain_trainer": True})
         )
     for name in trials:
-        trial = TRIALS[name]
-        for phase in [trial["only"]] if "only" in trial else ["sft", "dpo"]:
-            parts.append(Part(f"{phase}, {name}", "train", {"phase": phase, **trial}, 0.8))
+        for phase in ("sft", "dpo"):
+            parts.append(Part(f"{phase}, {name}", "train", {"phase": phase, **TRIALS[name]}, 0.8))
     if devices > 1:
         on = f" on {devices}"
         plan = {"requests": {"rollouts": 1.0}, "suffix": on}
@@ -274,7 +280,7 @@ def table(results: dict[str, Result], chip: Result, params: Params) -> tuple[lis
         (f"{rollouts:,} rollouts, s", "whole", "rollouts", other["rollouts"]),
         ("greedy evaluation, tokens/s", "rate", "evaluation", other["evaluation"]),
         ("greedy evaluation, s", "whole", "evaluation", other["evaluation"]),
-        ("answers while DPO trains, tokens/s", "rate", "selection", other["selection"]),
+        ("answers in training, tokens/s", "rate", "selection", other["selection"]),
         ("SFT, tokens/s", "rate", "sft", other["sft"]),
         ("SFT, share of the matmul rate", "share", "sft", other["sft"]),
         ("DPO, pairs/s", "rate", "dpo", other["dpo"]),
@@ -320,9 +326,11 @@ def project(results: dict[str, Result], params: Params) -> Result:
     }
     kinds = (params.preference.correctness, params.preference.coherence)
     pairs = params.rollout.questions * sum(kind.per_question for kind in kinds)
-    steps = math.ceil(pairs / params.dpo.batch) * params.dpo.epochs
-    looks = 1 + math.ceil(steps / params.dpo.select_steps)
-    answers["selection"] = looks * params.dpo.select_questions * (1 + params.dpo.select_samples)
+    answers["selection"] = 0
+    for rows, spec in ((EXAMPLES, params.sft), (pairs, params.dpo)):
+        steps = math.ceil(rows / spec.batch) * spec.epochs
+        looks = 1 + math.ceil(steps / spec.select.steps)
+        answers["selection"] += looks * spec.select.questions * (1 + spec.select.samples)
     seconds = {name: count * ANSWER_TOKENS / results[name]["rate"] for name, count in answers.items()}
     tokens = EXAMPLES * params.sft.epochs * (average("prompt") + average("answer"))
     seconds["sft"] = tokens / results["sft"]["rate"]
@@ -457,7 +465,7 @@ def build_policy(run: StageRun, small: bool) -> tuple[Any, Any]:
 
 
 def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
-    """The requests of a whole rollout, greedy evaluation, or look of DPO's selection."""
+    """The requests of a whole rollout, greedy evaluation, or look at DPO's step."""
     params = run.params
     rng = random.Random(f"{params.seed}/{kind}")
     requests: list[Request] = []
@@ -478,9 +486,9 @@ def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
         for question in range(24 if small else PLATINUM):
             add(f"{question}/greedy", prompt(), 0.0)
     else:
-        for question in range(params.dpo.select_questions):
+        for question in range(params.dpo.select.questions):
             words = prompt()
-            for k in range(params.dpo.select_samples + 1):
+            for k in range(params.dpo.select.samples + 1):
                 add(f"{question}/{k}", words, 1.0 if k else 0.0)
     return requests
 
@@ -600,6 +608,12 @@ def train(run: StageRun, most_rows: int | None) -> None:
         fix_arithmetic(run.params.hardware.threads, run.params.seed)
     model, tokenizer = build_policy(run, plan["small"])
     weights = count_weights(model)
+    if plan.get("padding_free"):
+        from padding_free import without_padding
+
+        without_padding(model)
+    if plan.get("fused"):
+        fuse_layers(model)
     clock = make_clock(plan["until"])
     trainer = make_trainer(run, plan, most_rows, model, tokenizer, clock)
     trainer.remove_callback(PrinterCallback)
@@ -615,6 +629,8 @@ def train(run: StageRun, most_rows: int | None) -> None:
     if not trainer.is_world_process_zero():
         return
     tokens, squares, rows, answered, places = totals
+    if plan.get("padding_free"):
+        places = tokens
     forward, training = row_flops(weights, tokens, squares, answered)
     dpo = plan["phase"] == "dpo"
     label = f"{trainer.args.per_device_train_batch_size} rows at once, {1 - tokens / places:.0%} padding"
@@ -655,8 +671,7 @@ def make_trainer(
         fitting = fit_rows(run, spec, model, max(lengths), most_rows)
         arguments = trainer_arguments(spec, seed, model, fitting, run.work)
         if phase == "dpo":
-            arguments |= {"beta": spec.beta, "loss_type": list(spec.loss_type)}
-            arguments |= {"loss_weights": list(spec.loss_weights)}
+            arguments |= {"beta": spec.beta, "loss_type": spec.loss_type, "loss_weights": spec.loss_weights}
         order = [0] * len(rows) if plan.get("unsorted") else lengths
         data = training_set(rows, order, spec, seed)
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1000}
@@ -670,8 +685,21 @@ def make_trainer(
             args=config, **common
         )
     as_tokens = {"_prepare_dataset": PairTrainer._prepare_dataset}
-    kind = type("PlainPairTrainer", (*order, DPOTrainer), as_tokens) if plain else PairTrainer
-    return kind(args=DPOConfig(**arguments), **common)
+    if plain:
+        return type("PlainPairTrainer", (*order, DPOTrainer), as_tokens)(
+            args=DPOConfig(**arguments), **common
+        )
+    return PairTrainer(args=DPOConfig(**arguments), **common)
+
+
+def fuse_layers(model: Any) -> None:
+    """Compute norms and MLP of a PEFT model by Liger's kernels. Raises SystemExit without the package."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise SystemExit("fused layers need the package liger-kernel (pip install liger-kernel)") from None
+    only = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model.get_base_model(), rms_norm=True, swiglu=True, **only)
 
 
 def training_rows(phase: str, run: StageRun, small: bool) -> list[dict[str, list[int]]]:
@@ -733,9 +761,8 @@ def make_clock(until: float) -> Any:
             """Before a forward pass of the policy. One of the reference has no gradients and is not counted."""
             if not torch.is_grad_enabled():
                 return
-            mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-            borders = inputs.get("cu_seq_lens_q")  # of the rows of a padding-free batch
-            self.lengths.append((mask.sum(1) if borders is None else borders.diff()).detach())
+            labels = inputs.get("labels")
+            self.lengths.append(inputs["attention_mask"].sum(1).detach())
             self.places += inputs["input_ids"].numel()
             if labels is not None:  # else the head gets no credit
                 self.answered = self.answered + (labels != -100).sum()

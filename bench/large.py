@@ -27,7 +27,7 @@ from common import ROOT, change, make_workplace, new_parser, note, print_table
 
 from stages.policy.request import Completion, Request
 from stages.run.files import read_jsonl, sha256_file, write_jsonl
-from stages.run.paths import ROLLOUTS, TRAIN
+from stages.run.paths import LAST, TRAIN
 
 STOP, FIRST = "LARGE_STOP_AFTER", "LARGE_FIRST_REQUEST"
 TEXT = "She has <<3*4=12>>12 apples in her bags.\n" * 5 + "#### 12"  # as long as a usual solution
@@ -64,7 +64,7 @@ def run_stage() -> None:
     prepare_process()
     engine = StandIn(tuple(load_tokenizer().encode(TEXT, add_special_tokens=False)))
     rollout.open_engine = lambda *_: contextlib.nullcontext(engine)  # type: ignore[assignment]
-    rollout.main()
+    rollout.main(LAST.round)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
@@ -87,7 +87,7 @@ def measure(questions: int, place: Path) -> list[str]:
     make_workplace(place)
     change(place / "profiles/tiny.yaml", ["rollout.questions=null"])
     (place / "checkpoints").symlink_to(ROOT / "checkpoints")
-    rows, output = list(read_jsonl(ROOT / TRAIN)), place / ROLLOUTS
+    rows, output = list(read_jsonl(ROOT / TRAIN)), place / LAST.rollouts
     write_jsonl(
         place / TRAIN,
         ({**rows[number % len(rows)], "id": f"train-{number:07d}"} for number in range(questions)),

@@ -37,7 +37,7 @@ from ruamel.yaml import YAML
 
 from stages.run.files import read_json, read_jsonl, write_json
 from stages.run.params import Params, load_params
-from stages.run.paths import BASE, CHANGED, PLATINUM, PLATINUM_EVAL, SFT_ADAPTER, WORK
+from stages.run.paths import BASE, CHANGED, PLATINUM, PLATINUM_EVAL, SFT_ADAPTER, TESTS, WORK
 from stages.run.process import OFFLINE
 from stages.text.number import stated
 from stages.text.prompts import prompt_ids, prompt_text
@@ -86,6 +86,7 @@ def main() -> None:
         lines = (ROOT / PLATINUM).read_text(encoding="utf-8").splitlines(keepends=True)[: options.questions]
         (place / PLATINUM).write_text("".join(lines), encoding="utf-8")
         (place / CHANGED).touch()
+        (place / TESTS).touch()
         params = load_params(place)
         write_task(place, params, harness)
         runs: dict[str, list[Timed]] = {name: [] for name in ("ours", *options.batch_sizes)}

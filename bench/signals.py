@@ -1,7 +1,7 @@
 """How well do the signals of Regime W rank trajectories, against length and mean token log-probability?
 
     python bench/signals.py                                                  # the last run, a second
-    python bench/signals.py --run tiny=metrics/regime_w.json --run abel=../other/metrics/regime_w.json
+    python bench/signals.py --run tiny=metrics/regime_w/dpo.json --run abel=../other/metrics/regime_w/dpo.json
     python bench/signals.py --groups example_model_solutions.jsonl           # also real groups, ten seconds
 
 Prints a Markdown table of AUCs with 95 % intervals (0.5 is a coin), says which signal does not beat length,
@@ -37,7 +37,7 @@ from common import (
 from stages.page.svg import ticks
 from stages.run.errors import UserError
 from stages.run.files import atomic_write, read_json, read_jsonl, write_jsonl
-from stages.run.paths import PREFERENCE_METRICS, REGIME_W_METRICS
+from stages.run.paths import LAST
 
 MEASURES = ("s_end", "s_path", "s_cf", "s_wm", "length", "mean_logprob")
 NAMES = {"mean_logprob": "log-prob."}
@@ -69,15 +69,13 @@ Ranks = dict[
 def main() -> None:
     """Read the runs, say what the signals are worth, draw the figure, print the table last."""
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--run", action="append", default=[], metavar="NAME=FILE", help=f"a {REGIME_W_METRICS}"
-    )
+    parser.add_argument("--run", action="append", default=[], metavar="NAME=FILE", help=f"a {LAST.regime_w}")
     parser.add_argument("--groups", type=Path, help="example_model_solutions.jsonl of grade-school-math")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "signals.svg")
     options = parser.parse_args()
     runs: dict[str, Ranks] = {}
     try:
-        for one in options.run or ([] if options.groups else [f"tiny={ROOT / REGIME_W_METRICS}"]):
+        for one in options.run or ([] if options.groups else [f"tiny={ROOT / LAST.regime_w}"]):
             name, _, file = one.partition("=")
             runs[name] = ranks(read_json(Path(file)), file)
     except UserError as error:
@@ -105,7 +103,7 @@ def main() -> None:
 
 
 def ranks(metrics: Mapping[str, Any], source: str) -> Ranks:
-    """The AUCs of one metrics/regime_w.json."""
+    """The AUCs of one metrics/regime_w/dpo.json."""
     found: Ranks = {asked: {} for asked in QUESTIONS}
     try:
         over_wrong, over_lucky = metrics["correct_over_wrong"], metrics["sound_over_lucky"]
@@ -114,7 +112,7 @@ def ranks(metrics: Mapping[str, Any], source: str) -> Ranks:
             for asked, value in zip(QUESTIONS, values, strict=True):
                 found[asked][name] = None if value["auc"] is None else Auc(**value)
     except (KeyError, TypeError) as error:
-        raise SystemExit(f"{source}: is no {REGIME_W_METRICS} ({error!r})") from None
+        raise SystemExit(f"{source}: is no {LAST.regime_w} ({error!r})") from None
     return found
 
 
@@ -174,8 +172,8 @@ def run_groups(source: Path, place: Path) -> tuple[dict[str, str], dict[str, Any
         row["arm"] for row, verdict in zip(rows, published, strict=True) if row["correct"] == verdict
     )
     made = list(read_jsonl(pairs))
-    metrics = read_json(place / REGIME_W_METRICS)
-    summary = read_json(place / PREFERENCE_METRICS)
+    metrics = read_json(place / LAST.regime_w)
+    summary = read_json(place / LAST.preference)
     not_shorter = summary["coherence"]["chosen_not_shorter"]
     facts = {
         "equations": f"{metrics['equations']['read']:,} read, {metrics['equations']['skipped']:,} skipped",

@@ -31,7 +31,8 @@ from stages.regime_w.signals import SIGNALS
 from stages.regime_w.voting import REACH, SHARE, Voter
 from stages.run.files import read_jsonl
 from stages.run.params import load_params
-from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL, POLICIES, VALID
+from stages.run.paths import CHANGED, PLATINUM, PLATINUM_EVAL, TESTS, VALID
+from stages.run.rounds import shown
 from stages.stats.one import elected, votes_of
 from stages.stats.vote import VoteSummary
 from stages.text.answers import gold_answer, read_answer, same_answer
@@ -66,8 +67,13 @@ def main() -> None:
             for name, rows in drawn_on_validation(options.samples)
         }
         started = time.process_time()
-        rows = {name: list(read_jsonl(PLATINUM_EVAL / f"{name}.jsonl")) for name in POLICIES}
-        platinum = {name: [group for row in rows[name] for group in cut(voter, row)] for name in POLICIES}
+        rows = {
+            name: list(read_jsonl(PLATINUM_EVAL / f"{name}.jsonl")) for name in load_params().policy_names
+        }
+        platinum = {
+            name: [group for row in rows[name] for group in cut(voter, row)]
+            for name in load_params().policy_names
+        }
         seconds = time.process_time() - started
     samples = sum(len(row["samples"]) for table in rows.values() for row in table)
     print(f"read and weighed on one core: {samples / seconds:,.0f} samples a second of processor time\n")
@@ -86,7 +92,11 @@ def main() -> None:
         "probability": lambda one: one["p"],
         "half s_wm, half probability": mixed,
     }
-    head = [f"{POLICIES[name]}, {where}" for where in ("validation", "Platinum") for name in POLICIES]
+    head = [
+        f"{shown(name)}, {where}"
+        for where in ("validation", "Platinum")
+        for name in load_params().policy_names
+    ]
     groups = [*valid.values(), *platinum.values()]
     print_table(
         ["measure", *head],
@@ -137,7 +147,8 @@ def drawn_on_validation(samples: int) -> Iterator[tuple[str, list[dict[str, Any]
         (place / PLATINUM).parent.mkdir(parents=True)
         shutil.copy2(VALID, place / PLATINUM)
         (place / CHANGED).touch()
-        for name in POLICIES:
+        (place / TESTS).touch()
+        for name in load_params().policy_names:
             command = [sys.executable, "-m", "stages", "evaluate", name]
             done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
             if done.returncode:

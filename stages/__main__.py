@@ -27,15 +27,7 @@ import typer
 
 from stages.run.errors import UserError
 from stages.run.params import load_params
-from stages.run.paths import (
-    PAIRS,
-    PREFERENCE_METRICS,
-    REGIME_W_METRICS,
-    REGIME_W_PLOTS,
-    ROLLOUTS,
-    SCORED,
-    SHIPPED,
-)
+from stages.run.paths import LAST, LAST_ROUND, SHIPPED
 from stages.run.process import prepare_process
 
 app = typer.Typer(
@@ -44,7 +36,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="SFT → Regime W rollouts → preference pairs → DPO, measured on GSM8K Platinum.",
 )
-Policy = Literal["base", "sft", "dpo"]
+Policy = Annotated[str, typer.Argument(help="base, sft, or a round.")]
+Round = Annotated[str, typer.Argument(metavar="ROUND", help="One of `rounds` in params.yaml.")]
+OWN = r"{} \[default: the round's]"
 Vote = Literal["s_end", "s_path", "s_cf", "s_wm", "reach", "logprob", "both", "all"]
 STAGES, TOOLS = "Stages, in the order `dvc repro` runs them", "Tools"
 
@@ -62,6 +56,15 @@ def _tool(name: str, network: bool = False) -> ModuleType:
     return import_module(f"stages.tools.{name}")
 
 
+def _known(kind: Literal["policy", "round"], name: str) -> str:
+    """The name of a policy or a round. Raises UserError when params.yaml has none of that name."""
+    params = load_params()
+    names = params.policy_names if kind == "policy" else params.chain
+    if name not in names:
+        raise UserError(f"{kind} '{name}' is unknown; choose one of {', '.join(names)}")
+    return name
+
+
 def _add_stage(name: str, about: str, network: bool = False) -> None:
     """Add the command of a stage that has no options."""
     app.command(name, help=about, rich_help_panel=STAGES)(lambda: _stage(name, network).main())
@@ -72,43 +75,53 @@ def _add_stage(name: str, about: str, network: bool = False) -> None:
 _add_stage("prepare", "Read or generate the problems; check, clean and split them.", network=True)
 _add_stage("base", "Build, download or convert the base model.", network=True)
 _add_stage("sft", "Fine-tune the base model on clean solutions (LoRA).")
-_add_stage("rollout", "Let the SFT policy answer training questions through every arm.")
+
+
+@app.command(rich_help_panel=STAGES)
+def rollout(round: Round = LAST_ROUND) -> None:
+    """Let the policy that a round starts from answer training questions through every arm."""
+    _stage("rollout").main(_known("round", round))
 
 
 @app.command(rich_help_panel=STAGES)
 def coherence(
-    rollouts: Annotated[Path, typer.Option(help="Trajectories to score.")] = ROLLOUTS,
-    out: Annotated[Path, typer.Option(help="Where the scored ones go.")] = SCORED,
-    metrics: Annotated[Path, typer.Option(help="Where the summary goes.")] = REGIME_W_METRICS,
-    plots: Annotated[Path, typer.Option(help="Folder of the plot data.")] = REGIME_W_PLOTS,
+    round: Round = LAST_ROUND,
+    rollouts: Annotated[Path | None, typer.Option(help=OWN.format("Trajectories to score."))] = None,
+    out: Annotated[Path | None, typer.Option(help=OWN.format("Where the scored ones go."))] = None,
+    metrics: Annotated[Path | None, typer.Option(help=OWN.format("Where the summary goes."))] = None,
+    plots: Annotated[Path | None, typer.Option(help=OWN.format("Folder of the plot data."))] = None,
 ) -> None:
     """Score the coherence of each trajectory and its reward (Regime W)."""
-    _stage("coherence").main(rollouts, out, metrics, plots)
+    _stage("coherence").main(_known("round", round), rollouts, out, metrics, plots)
 
 
 @app.command(rich_help_panel=STAGES)
 def preference(
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = SCORED,
-    out: Annotated[Path, typer.Option(help="Where the pairs go.")] = PAIRS,
-    metrics: Annotated[Path, typer.Option(help="Where the counts go.")] = PREFERENCE_METRICS,
+    round: Round = LAST_ROUND,
+    rollouts: Annotated[Path | None, typer.Option(help=OWN.format("Scored trajectories."))] = None,
+    out: Annotated[Path | None, typer.Option(help=OWN.format("Where the pairs go."))] = None,
+    metrics: Annotated[Path | None, typer.Option(help=OWN.format("Where the counts go."))] = None,
 ) -> None:
     """Make preference pairs from the scored trajectories."""
-    _stage("preference").main(rollouts, out, metrics)
-
-
-_add_stage("dpo", "Train the DPO adapter from the pairs, starting at the SFT adapter.")
+    _stage("preference").main(_known("round", round), rollouts, out, metrics)
 
 
 @app.command(rich_help_panel=STAGES)
-def evaluate(policy: Annotated[Policy, typer.Argument(help="Whose answers.")]) -> None:
+def dpo(round: Round = LAST_ROUND) -> None:
+    """Train a round's DPO adapter from its pairs, starting at the adapter of the round before it."""
+    _stage("dpo").main(_known("round", round))
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(policy: Policy) -> None:
     """Evaluate a policy on Platinum: greedy answers and samples."""
-    _stage("evaluate").main(policy)
+    _stage("evaluate").main(_known("policy", policy))
 
 
 @app.command(rich_help_panel=STAGES)
-def vote(policy: Annotated[Policy, typer.Argument(help="Whose samples.")]) -> None:
+def vote(policy: Policy) -> None:
     """Let the samples of a policy vote for the answer by their coherence, without a model."""
-    _stage("vote").main(policy)
+    _stage("vote").main(_known("policy", policy))
 
 
 _add_stage("headline", "Copy one policy's metrics to metrics/headline.json, for `dvc metrics diff`.")
@@ -211,7 +224,7 @@ def changed(
 @app.command(rich_help_panel=TOOLS)
 def ask(
     question: Annotated[str, typer.Argument(help="The question, in quotes; - is the standard input.")],
-    policy: Annotated[Policy, typer.Option(help="Who answers.")] = "dpo",
+    policy: Annotated[str, typer.Option(help="Who answers: base, sft, or a round.")] = LAST_ROUND,
     temperature: Annotated[
         float, typer.Option(min=0, max=5, help="0 is greedy: always the likeliest token.")
     ] = 0.0,
@@ -224,13 +237,16 @@ def ask(
     ] = 1,
 ) -> None:
     """Put a question to a policy, and see its solution as it is written."""
-    _tool("ask").main(question, policy, temperature, seed, max_new_tokens, samples)
+    _tool("ask").main(question, _known("policy", policy), temperature, seed, max_new_tokens, samples)
 
 
 @app.command(rich_help_panel=TOOLS)
 def explain(
     question_id: Annotated[str, typer.Argument(help="A question's id, such as train-00017.")],
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = SCORED,
+    rollouts: Annotated[
+        Path | None,
+        typer.Option(help=r"Scored trajectories. \[default: those of the last round that asked it]"),
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="Show the texts too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as data.")] = False,
 ) -> None:
@@ -246,7 +262,7 @@ def pairs(
     ] = None,
     question: Annotated[str | None, typer.Option(help="Only pairs of this question's id.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed, other pairs.")] = 0,
-    pairs: Annotated[Path, typer.Option(help="The file of pairs.")] = PAIRS,
+    pairs: Annotated[Path, typer.Option(help="The file of pairs.")] = LAST.pairs,
 ) -> None:
     """Show some preference pairs side by side, with what differs marked."""
     _tool("pairs").main(pairs, sample, kind, question, seed)
@@ -254,7 +270,7 @@ def pairs(
 
 @app.command(rich_help_panel=TOOLS)
 def suspects(
-    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = SCORED,
+    rollouts: Annotated[Path, typer.Option(help="Scored trajectories.")] = LAST.scored,
     limit: Annotated[int, typer.Option(min=1, help="How many questions to show.")] = 20,
     from_: Annotated[
         float | None,
@@ -278,7 +294,7 @@ def trace(
 @app.command(rich_help_panel=TOOLS)
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, outside of this repository.")],
-    policy: Annotated[Policy, typer.Option(help="Which policy.")] = "dpo",
+    policy: Annotated[str, typer.Option(help="Which policy: base, sft, or a round.")] = LAST_ROUND,
     precision: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Without it, the base's.")
     ] = None,
@@ -288,7 +304,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in DIR.")] = False,
 ) -> None:
     """Merge a policy's adapter into a model folder that any server can load, with a model card."""
-    _tool("export").main(folder, policy, precision, questions, force)
+    _tool("export").main(folder, _known("policy", policy), precision, questions, force)
 
 
 @app.command(rich_help_panel=TOOLS)

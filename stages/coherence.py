@@ -1,6 +1,7 @@
 """Coherence: score how far the trajectories of each question agree, and reward each of them (Regime W).
 
-    data/rollouts.jsonl  ->  data/regime_w_rollouts.jsonl, metrics/regime_w.json, metrics/plots/regime_w/
+    data/rollouts/<round>.jsonl  ->  data/regime_w_rollouts/<round>.jsonl, metrics/regime_w/<round>.json,
+                                     metrics/plots/regime_w/<round>/
 
 Questions are read, scored and written in batches, on all cores, so that memory does not grow with the file. The
 batches, and with them every sum, are the same however many cores there are.
@@ -21,7 +22,7 @@ from stages.regime_w.tally import Tally, write_plots
 from stages.run.errors import UserError
 from stages.run.files import atomic_write, write_json
 from stages.run.params import load_params
-from stages.run.paths import REGIME_W_METRICS, REGIME_W_PLOTS, ROLLOUTS, SCORED
+from stages.run.paths import LAST_ROUND, RoundPaths
 from stages.run.stage import stage_run
 
 BATCH = 64  # questions
@@ -29,20 +30,25 @@ SMALL = 4_000_000  # bytes of rollouts below which starting processes costs more
 
 
 def main(
-    rollouts: Path = ROLLOUTS,
-    out: Path = SCORED,
-    metrics: Path = REGIME_W_METRICS,
-    plots: Path = REGIME_W_PLOTS,
+    round_name: str = LAST_ROUND,
+    rollouts: Path | None = None,
+    out: Path | None = None,
+    metrics: Path | None = None,
+    plots: Path | None = None,
     cores: int | None = None,
 ) -> None:
-    """Score `rollouts` into `out`. `cores` None: all of them, or one when the file is small.
+    """Score `rollouts` into `out`, those of the round unless given. `cores` None: all, or one when the file is small.
 
     Raises UserError when the scorer cannot be used, or a question cannot be read.
     """
+    own = RoundPaths(round_name)
+    rollouts, out = rollouts or own.rollouts, out or own.scored
+    metrics, plots = metrics or own.regime_w, plots or own.plots
     scorer = Path(load_params().regime_w.scorer)
     load_scorer(scorer)  # so that a wrong scorer is reported once, before any work
     with stage_run(
         "coherence",
+        variant=round_name,
         sections=("regime_w.scorer", "regime_w.weights", "regime_w.reward", "regime_w.suspect_from"),
         inputs=[rollouts, scorer],
         outputs=[out, metrics, plots],
@@ -58,7 +64,7 @@ def main(
                 file.write(text)
                 total.merge(tally)
             if not total.counts["questions"]:
-                raise UserError(f"{rollouts}: holds no questions; run `dvc repro rollout`")
+                raise UserError(f"{rollouts}: holds no questions; run `dvc repro rollout@{round_name}`")
 
         # Metrics and plots.
         summary = total.summary()

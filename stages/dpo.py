@@ -1,30 +1,35 @@
-"""Direct preference optimisation of the SFT adapter. Generated answers decide which checkpoint is kept.
+"""Direct preference optimisation of the adapter that a round starts from. Generated answers decide which step is kept.
 
-The policy and its frozen reference both start as the SFT adapter (loss log 2 = 0.693 at step 0). TRL's own
-"reward accuracy" can rise while the answers get worse. So every `select_steps` the policy answers validation problems,
-and the step with the best score is kept. Step 0, the SFT adapter itself, is a candidate too.
+The policy starts as that adapter, and so does its frozen reference (loss log 2 = 0.693 at step 0), unless
+`dpo.reference` is `sft`. TRL's own "reward accuracy" can rise while the answers get worse. So every `select.steps` the
+policy answers validation problems, and the step with the best score is kept if it is really better than the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
-from transformers import PrinterCallback
 from trl import DPOConfig
 
 from stages.engine.load import engine_around
 from stages.launch.attempt import fit_rows
 from stages.launch.training import train_everywhere
-from stages.policy.adapter import adapter_config, load_policy, read_adapter, save_adapter
+from stages.policy.adapter import adapter_config, load_policy
 from stages.run.errors import UserError
-from stages.run.files import atomic_folder, read_jsonl
-from stages.run.paths import BASE, DPO_ADAPTER, DPO_CURVE, DPO_SELECTION, PAIRS, SFT_ADAPTER, VALID
+from stages.run.params import load_params
+from stages.run.paths import BASE, SFT_ADAPTER, VALID, RoundPaths
 from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
+from stages.run.rounds import shown
 from stages.run.stage import StageRun, stage_run
-from stages.text.prompts import completion_ids, prompt_ids
-from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start
+from stages.stats.looks import kept_words
+from stages.train.pair_trainer import (
+    PairTrainer,
+    assert_reference,
+    assert_same_start,
+    set_reference,
+)
+from stages.train.pairs import build_rows, pair_length
 from stages.train.selection import Selection
 from stages.train.trainer import (
     Progress,
@@ -46,13 +51,15 @@ CURVE_COLUMNS = {  # TRL's name: ours
 }
 
 
-def main() -> None:
-    """Train the DPO adapter from the preference pairs, starting at the SFT adapter."""
+def main(round_name: str) -> None:
+    """Train a round's DPO adapter from its preference pairs."""
+    own, start = RoundPaths(round_name), Path(load_params().rounds[round_name].start)
     with stage_run(
         "dpo",
-        sections=("dpo", "prompt", "seed"),
-        inputs=[PAIRS, VALID, BASE, SFT_ADAPTER],
-        outputs=[DPO_ADAPTER, DPO_CURVE, DPO_SELECTION],
+        variant=round_name,
+        sections=("dpo", "prompt", "rounds.${key}.dpo", "seed"),
+        inputs=[own.pairs, VALID, BASE, *dict.fromkeys((start, SFT_ADAPTER))],
+        outputs=[own.adapter, own.curve, own.selection, own.kept],
     ) as run:
         train_everywhere("stages.dpo:train", run, run.params.dpo.batch)
 
@@ -62,19 +69,21 @@ def train(run: StageRun, most_rows: int | None) -> None:
 
     `most_rows` limits the rows of one forward pass (None: as many as fit).
     """
-    spec, seed = run.params.dpo, run.params.seed
+    spec, seed, own = run.params.dpo, run.params.seed, RoundPaths(run.variant)
+    start = Path(load_params().rounds[run.variant].start)
+    reference = start if spec.reference == "round" else SFT_ADAPTER
     fix_arithmetic(run.params.hardware.threads, seed)
 
     # Data: pairs as tokens.
-    model, tokenizer = load_policy(SFT_ADAPTER, trainable=True)
-    rows, too_long = build_rows(run, tokenizer)
+    model, tokenizer = load_policy(start, trainable=True)
+    rows, too_long = build_rows(own.pairs, spec.max_tokens, run.params.prompt, tokenizer)
     if not rows:
         raise UserError(
-            f"{PAIRS}: no pair to train on ({too_long} were longer than dpo.max_tokens); "
-            "metrics/preference.json counts what was refused and why"
+            f"{own.pairs}: no pair to train on ({too_long} were longer than dpo.max_tokens); "
+            f"{own.preference} counts what was refused and why"
         )
 
-    # Model: the SFT adapter is trained further. TRL makes a frozen copy of it as the reference.
+    # Model: the adapter is trained further. TRL makes a frozen copy of it as the reference.
     config, trained = adapter_config(model), assert_trainable(model)
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
@@ -93,53 +102,26 @@ def train(run: StageRun, most_rows: int | None) -> None:
             callbacks=[Progress(advance)],
         )
         assert_trainable(model)
-        assert_reference(model, SFT_ADAPTER)
+        assert_reference(model, start)
         assert_same_start(trainer, rows)
+        set_reference(model, reference)
         selection = Selection(
-            run, tokenizer, config, lambda policy: engine_around(policy, tokenizer, run.params.hardware)
+            run,
+            "dpo",
+            tokenizer,
+            config,
+            lambda policy: engine_around(policy, tokenizer, run.params.hardware),
         )
-        selection.consider(model, step=0)
-        trainer.add_callback(selection)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        selection.consider(model, step=trainer.state.global_step)
-    assert_reference(model, SFT_ADAPTER)
+        selection.train(trainer, checkpoint)
+    assert_reference(model, reference)
 
-    # Outputs: the best step on validation.
+    # Outputs: the best step on validation, or the SFT adapter.
     if not trainer.is_world_process_zero():
         return
-    write_curve(trainer.state.log_history, CURVE_COLUMNS, DPO_CURVE)
-    best = selection.write(DPO_SELECTION)
-    with atomic_folder(DPO_ADAPTER) as folder:
-        save_adapter(read_adapter(selection.folder(best["step"])), config, folder)
-    kept = f"step {best['step']}" if best["step"] else "the SFT adapter: no step was better on validation"
+    write_curve(trainer.state.log_history, CURVE_COLUMNS, own.curve)
+    before = shown(load_params().chain[own.round])
+    judged = selection.write(own.adapter, own.selection, own.kept, f"the {before} adapter")
     run.finish(
-        f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; kept {kept}"
+        f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; "
+        f"{kept_words(judged)}"
     )
-
-
-def build_rows(run: StageRun, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
-    """The pairs as tokens (`prompt_ids`, `chosen_ids`, `rejected_ids`), and how many were too long.
-
-    A rejected text that was cut off gets no end token, because the policy never wrote one.
-    """
-    spec, prompt = run.params.dpo, run.params.prompt
-    rows, too_long = [], 0
-    for pair in read_jsonl(PAIRS, {"prompt": str, "chosen": str, "rejected": str}):
-        row = {
-            "prompt_ids": prompt_ids(tokenizer, prompt, pair["prompt"]),
-            "chosen_ids": completion_ids(tokenizer, pair["chosen"], opening=prompt.opening),
-            "rejected_ids": completion_ids(
-                tokenizer, pair["rejected"], pair.get("rejected_finish") != "length", prompt.opening
-            ),
-        }
-        if pair_length(row) > spec.max_tokens:
-            too_long += 1
-        else:
-            rows.append(row)
-    return rows, too_long
-
-
-def pair_length(row: Mapping[str, list[int]]) -> int:
-    """Tokens of a pair's longer side, the prompt included."""
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))

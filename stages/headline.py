@@ -39,7 +39,9 @@ def main(metrics: Path = PLATINUM_METRICS, out: Path = HEADLINE, plot: Path = HE
             raise UserError(f"{source}: holds no 'accuracy'; run `dvc repro evaluate@{policy}`")
         write_json(out, values)
         bounds = ("_low", "_high")
-        shares = [(key, value) for key, value in values.items() if not key.endswith(bounds)]
+        tests = {f"tests.{name}": share for name, share in values.get("tests", {}).items()}
+        plain = {key: value for key, value in values.items() if key != "tests"} | tests
+        shares = [(key, value) for key, value in plain.items() if not key.endswith(bounds)]
         with atomic_write(plot) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["metric", "share"])

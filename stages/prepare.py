@@ -2,19 +2,19 @@
 
     {"id": "train-00017", "question": "Ann has 3 bags ...", "solution": "... #### 10", "gold": "10"}
 
-`changed.jsonl` beside them holds twins of Platinum's questions: one number is another one (docs/changed-questions.md).
+`changed.jsonl` beside them holds twins of Platinum's questions: one number is another one (docs/changed-questions.md),
+`tests.jsonl` the questions of the other test sets (stages/text/testsets.py).
 
 An id is the row's place in its source, so it does not change when cleaning drops other rows. A question that occurs
 twice is kept once. A training question that is also in Platinum (all of it, or 13 words in a row) is removed. A
-twin that is also in train or valid is removed itself, so that twins change nothing else. Every removal is counted in
+twin, or a question of another test set, that is also in train or valid is removed itself. Every removal is counted in
 `metrics/data.json`, and so are rows with HTML entities (`&amp;`), which are kept. A generated row with a deliberately
 wrong answer (`data.wrong_labels`) has `planted: true`, to measure how well suspect labels are found.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from typing import Any
 from stages.regime_w.changed import ChangeCounts, changed_rows
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder, write_json, write_jsonl
-from stages.run.params import FilesData, GeneratedData, HubData, HubDataset, load_params
+from stages.run.params import FilesData, GeneratedData, GeneratedTest, HubData, load_params
 from stages.run.paths import DATA_METRICS, PROBLEMS
 from stages.run.stage import stage_run
-from stages.text.rows import GRAM, Cleaner, Overlap, Row, apart, checked_row, entity
-from stages.text.sources import FORMATS, read_source
-from stages.tiny.problems import Split, labelled
+from stages.text.rows import GRAM, Cleaner, Overlap, Row, apart, checked_row, pick_validation
+from stages.text.sources import FORMATS, read_rows
+from stages.text.testsets import files_of_tests, read_tests
+from stages.tiny.problems import Split, labelled, problems
 from stages.tiny.twins import generated_twins
 
 Source = GeneratedData | HubData | FilesData
@@ -40,6 +41,7 @@ def main() -> None:
     for path in inputs:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file; own.train and own.platinum name {FORMATS}")
+    inputs += files_of_tests(data.tests)
     outputs = [PROBLEMS, DATA_METRICS]
     with stage_run("prepare", sections=("data", "seed"), inputs=inputs, outputs=outputs) as run:
         splits, counts, entities = make_splits(data, run.params.seed)
@@ -56,16 +58,15 @@ def main() -> None:
         if conflicts := counts["conflicting_golds"]:
             run.say(f"{conflicts} doubled questions had another answer; the first one was kept")
         if entities:
-            run.say(
-                f"{len(entities)} rows hold HTML entities, kept as they are; the first is {entities[0]}. "
-                "Turn them into text in the source, unless they are meant"
-            )
-        sizes = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items())
+            what_to_do = "Turn them into text in the source, unless they are meant"
+            first = f"kept as they are; the first is {entities[0]}"
+            run.say(f"{len(entities)} rows hold HTML entities, {first}. {what_to_do}")
+        sizes = ", ".join(f"{len(rows):,} {name}" for name, rows in splits.items() if rows)
         run.finish(f"{sizes}; removed: {what}")
 
 
 def make_splits(data: Source, seed: int) -> tuple[dict[str, list[Row]], dict[str, Any], list[str]]:
-    """The rows of all four files, the counts for `metrics/data.json`, and the places of HTML entities.
+    """The rows of all five files, the counts for `metrics/data.json`, and the places of HTML entities.
 
     The generator makes as many rows as are wanted; from other sources, `data.valid` rows are taken out of train. Train
     and valid are counted together. Raises UserError for an unusable row, or when too few rows are left.
@@ -80,9 +81,9 @@ def make_splits(data: Source, seed: int) -> tuple[dict[str, list[Row]], dict[str
         valid = list(islice(cleaner.clean(_generated("valid", seed)), data.valid))
     else:
         platinum_cleaner = Cleaner()
-        platinum = list(platinum_cleaner.clean(_read(data.platinum, "platinum", entities)))
+        platinum = list(platinum_cleaner.clean(read_rows(data.platinum, "platinum", entities)))
         cleaner = Cleaner(Overlap(platinum))
-        rows = list(cleaner.clean(_read(data.train, "train", entities)))
+        rows = list(cleaner.clean(read_rows(data.train, "train", entities)))
         if not platinum or len(rows) <= data.valid:
             raise UserError(
                 f"data: {len(rows)} training and {len(platinum)} Platinum rows are left after cleaning; "
@@ -103,6 +104,7 @@ def make_splits(data: Source, seed: int) -> tuple[dict[str, list[Row]], dict[str
         "overlap_exact": cleaner.counts["exact"],
         "overlap_13gram": cleaner.counts["gram"],
     }
+    tests, counted = read_tests(data.tests, [*train, *valid], entities, _generated_test)
     if isinstance(data, GeneratedData):
         counts["planted_wrong_labels"] = sum(row.get("planted", False) for row in train)
     else:
@@ -112,19 +114,10 @@ def make_splits(data: Source, seed: int) -> tuple[dict[str, list[Row]], dict[str
     twins = apart(drawn, [*train, *valid])
     if data.changed != "none":
         counts["changed"] = {**changed.metrics(), "overlap_train": len(drawn) - len(twins)}
-    return {"train": train, "valid": valid, "platinum": platinum, "changed": twins}, counts, entities
-
-
-def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
-    """The ids of `count` rows for validation: those with the smallest hash of (seed, id).
-
-    A row's hash does not depend on other rows. When k rows come or go, at most k of the chosen ones change.
-    """
-
-    def rank(identity: str) -> bytes:
-        return hashlib.sha256(f"{seed}/{identity}".encode()).digest()
-
-    return set(sorted((row["id"] for row in rows), key=rank)[:count])
+    if counted:
+        counts["tests"] = counted
+    held_out = {"platinum": platinum, "changed": twins, "tests": tests}
+    return {"train": train, "valid": valid} | held_out, counts, entities
 
 
 def _twins(data: Source, platinum: list[Row], seed: int, counts: ChangeCounts) -> Iterator[Row]:
@@ -142,9 +135,6 @@ def _generated(split: Split, seed: int, wrong_labels: float = 0.0) -> Iterator[R
         yield {**row, "planted": True} if planted else row
 
 
-def _read(source: str | HubDataset, split: str, entities: list[str]) -> Iterator[Row]:
-    for place, (where, record) in enumerate(read_source(source)):
-        row = checked_row(f"{split}-{place:05d}", record["question"], record["answer"], where)
-        if found := entity(row):
-            entities.append(f"{where} ({found})")
-        yield row
+def _generated_test(name: str, test: GeneratedTest) -> Iterator[Row]:
+    for place, problem in enumerate(problems("platinum", 0, test.start)):
+        yield {"id": f"{name}-{place:05d}", "question": problem.question, "gold": str(problem.result)}

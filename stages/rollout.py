@@ -1,6 +1,6 @@
-"""Rollouts: the SFT policy answers training questions in several ways. Each way to ask is an arm.
+"""Rollouts: the policy that a round starts from answers training questions in several ways. Each way to ask is an arm.
 
-A record of data/rollouts.jsonl:
+A record of data/rollouts/<round>.jsonl:
 
     {"id": "train-00017", "question": "...", "gold": "10", "solution": "... #### 10", "trajectories":
      [{"id": "train-00017/0", "arm": "plain-cool", "style": "plain", "text": "... #### 10", "tokens": 41,
@@ -10,51 +10,56 @@ A record of data/rollouts.jsonl:
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from stages.engine.open import open_engine
 from stages.policy.adapter import load_tokenizer
 from stages.policy.complete import complete
 from stages.policy.context import Model, base_context, refuse_long
-from stages.policy.request import Request, request_seed
+from stages.policy.questions import pick_questions
+from stages.policy.request import Request, rollout_seed
 from stages.regime_w.bandit import Pull, Thompson, Uniform
 from stages.run.files import join_files, read_jsonl, write_jsonl
-from stages.run.params import Arm
-from stages.run.paths import BASE, ROLLOUTS, SFT_ADAPTER, TRAIN
+from stages.run.params import Arm, load_params
+from stages.run.paths import BASE, TRAIN, RoundPaths
 from stages.run.process import fix_arithmetic
 from stages.run.stage import StageRun, stage_run
 from stages.text.answers import read_answer, same_answer
 from stages.text.prompts import prompt_ids
 
-ROUND = 2048  # questions of a round with uniform pulls; the size does not matter there
+BATCH = 2048  # questions of a batch with uniform pulls; the size does not matter there
 Record = dict[str, Any]
 
 
-def main() -> None:
-    """Draw the trajectories of all picked questions."""
+def main(round_name: str) -> None:
+    """Draw the trajectories of all questions of a round."""
+    start, rollouts = Path(load_params().rounds[round_name].start), RoundPaths(round_name).rollouts
     with stage_run(
         "rollout",
-        sections=("rollout", "prompt", "seed"),
-        inputs=[TRAIN, BASE, SFT_ADAPTER],
-        outputs=[ROLLOUTS],
+        variant=round_name,
+        sections=("rollout", "prompt", "rounds.${key}.rollout", "seed"),
+        inputs=[TRAIN, BASE, start],
+        outputs=[rollouts],
     ) as run:
         spec, seed, arms = run.params.rollout, run.params.seed, list(run.params.rollout.arms)
         fix_arithmetic(run.params.hardware.threads, seed)
-        picked = pick_questions(sum(1 for _ in read_jsonl(TRAIN)), spec.questions, seed)
+        counts = [one.questions for one in run.params.so_far("rollout")]
+        picked = pick_questions(sum(1 for _ in read_jsonl(TRAIN)), counts, seed)
 
-        # Questions go in rounds. Each finished round is a file of its own, so that memory does not grow with the
-        # number of questions. With thompson, a round's verdicts decide which arms the next one pulls.
+        # Questions go in batches. Each finished batch is a file of its own, so that memory does not grow with the
+        # number of questions. With thompson, a batch's verdicts decide which arms the next one pulls.
         bandit: Thompson | Uniform
         if spec.allocation == "thompson":
-            bandit, size = Thompson(arms, spec.per_question, spec.floor, seed), spec.round_questions
+            own_seed = f"{seed}/{run.params.later}" if run.params.later else seed
+            bandit, size = Thompson(arms, spec.per_question, spec.floor, own_seed), spec.round_questions
         else:
-            bandit, size = Uniform(arms, spec.per_question), ROUND
-        rounds = [run.work / f"round-{number:05d}.jsonl" for number in range(math.ceil(len(picked) / size))]
+            bandit, size = Uniform(arms, spec.per_question), BATCH
+        batches = [run.work / f"batch-{number:05d}.jsonl" for number in range(math.ceil(len(picked) / size))]
         total = len(picked) * spec.per_question
-        finished = min(len(picked), sum(path.is_file() for path in rounds) * size) * spec.per_question
+        finished = min(len(picked), sum(path.is_file() for path in batches) * size) * spec.per_question
 
         # Generation, journalled.
         tokenizer, problems = load_tokenizer(), problems_at(picked)
@@ -63,10 +68,10 @@ def main() -> None:
         refuse_long(TRAIN, problems_at(picked), ways, model, "rollout.max_new_tokens", spec.max_new_tokens)
         with (
             run.journal() as journal,
-            open_engine(SFT_ADAPTER, run.params.hardware) as engine,
+            open_engine(start, run.params.hardware) as engine,
             run.progress("generating", total, "trajectories", finished + len(journal.records)) as advance,
         ):
-            for number, path in enumerate(rounds):
+            for number, path in enumerate(batches):
                 batch = list(islice(problems, size))
                 if not path.is_file():
                     pulls = {problem["id"]: bandit.choose(number, problem["id"]) for problem in batch}
@@ -83,15 +88,8 @@ def main() -> None:
                     journal.clear()
                 bandit.learn(map(verdicts, read_jsonl(path)))
 
-        join_files(rounds, ROLLOUTS)
+        join_files(batches, rollouts)
         run.finish(f"{len(picked):,} questions, {total:,} trajectories")
-
-
-def pick_questions(size: int, count: int | None, seed: int) -> Sequence[int]:
-    """The places of `count` of `size` problems (None: all), drawn by seed, in order."""
-    if count is None or count >= size:
-        return range(size)
-    return sorted(random.Random(f"{seed}/rollout").sample(range(size), count))
 
 
 def problems_at(places: Sequence[int]) -> Iterator[Record]:
@@ -111,7 +109,7 @@ def build_requests(run: StageRun, tokenizer: Any, problem: Record, pulls: Sequen
         asked = (arm.style, arm.system)
         if asked not in prompts:
             prompts[asked] = tuple(prompt_ids(tokenizer, run.params.prompt, problem["question"], *asked))
-        own_seed = request_seed(seed, "rollout", problem["id"], str(place))
+        own_seed = rollout_seed(seed, run.params.later, problem["id"], str(place))
         name = f"{problem['id']}/{place}"
         requests.append(
             Request(name, prompts[asked], spec.max_new_tokens, arm.temperature, arm.top_p, own_seed)

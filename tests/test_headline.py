@@ -45,6 +45,15 @@ def test_headline_is_the_chosen_policys_metrics(workplace: Path, policy: str) ->
     assert bars == f"metric,share\naccuracy,{copied['accuracy']}\nmean_at_8,0.25\n"
 
 
+def test_other_test_sets_are_bars_of_their_own(workplace: Path) -> None:
+    path = workplace / "metrics/platinum/dpo.json"
+    path.write_text(json.dumps({"accuracy": 0.5, "tests": {"svamp": 0.75, "mine": 0.25}}))
+    headline.main()
+    assert json.loads((workplace / "metrics/headline.json").read_text())["tests"]["svamp"] == 0.75
+    bars = (workplace / "metrics/headline.csv").read_text()
+    assert bars == "metric,share\naccuracy,0.5\ntests.svamp,0.75\ntests.mine,0.25\n"
+
+
 def test_headline_names_a_policy_that_was_not_evaluated(workplace: Path) -> None:
     (workplace / "metrics/platinum/dpo.json").unlink()
     with pytest.raises(

@@ -11,6 +11,7 @@ import pytest
 
 from stages import preference
 from stages.run.errors import UserError
+from stages.run.paths import LAST_ROUND
 
 REPO = Path(__file__).resolve().parents[1]
 OUT = Path("data/pairs.jsonl")
@@ -20,7 +21,7 @@ ROW = {"id": "q/0", "text": "#### 10", "correct": True, "fault": None, "reward":
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (ROW, r"^in\.jsonl: not one pair could be made \(refused: no candidates\); lower "),
+        (ROW, r"^in\.jsonl: not one pair could be made of 1 trajectories, 1 of them right \(refused: no can"),
         ({**ROW, "reward": None}, "question 'q': trajectory 0 has no usable 'reward'"),
         # As coherence wrote it when preference still read the texts itself.
         (
@@ -40,6 +41,6 @@ def test_what_cannot_be_used_is_one_line_and_leaves_the_old_output(
     record = {"id": "q", "question": "How many?", "gold": "10", "trajectories": [row]}
     Path("in.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(UserError, match=message) as caught:
-        preference.main(Path("in.jsonl"), OUT, Path("metrics/preference.json"))
+        preference.main(LAST_ROUND, Path("in.jsonl"), OUT, Path("metrics/preference.json"))
     assert "\n" not in str(caught.value)
     assert OUT.read_text() == "old\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,11 @@ from typing import Any
 import pytest
 
 from stages import prepare
-from stages.prepare import make_splits, pick_validation
+from stages.prepare import make_splits
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl
-from stages.run.params import FilesData, GeneratedData, HubData, HubDataset
-from stages.text.rows import Cleaner, Overlap
+from stages.run.params import FilesData, FileTest, GeneratedData, GeneratedTest, HubData, HubDataset, HubTest
+from stages.text.rows import Cleaner, Overlap, pick_validation
 
 REPO = Path(__file__).resolve().parents[1]
 SMALL = REPO / "tests" / "small"
@@ -95,7 +96,7 @@ def test_stage_writes_three_splits_metrics_and_manifest(workplace: Path) -> None
     assert changed["questions"] == 20 and changed["twins"] - changed["overlap_train"] == len(twins) > 10
     assert sum(changed["refused"].values()) == 20 - changed["with_twin"]
     assert {twin["of"] for twin in twins} <= {row["id"] for row in rows["platinum"]}
-    assert len(read_json(folder / "manifest.json")["outputs"]) == 5
+    assert len(read_json(folder / "manifest.json")["outputs"]) == 6
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "stale.jsonl").write_text("left over")
@@ -266,6 +267,49 @@ def test_wrong_labels_are_planted_in_train_alone() -> None:
         assert (right["gold"] != row["gold"]) == (row["id"] in planted)
     for split in ("valid", "platinum"):
         assert made[0.0][split] == made[0.1][split]
+
+
+def test_other_test_sets_change_nothing_else(tmp_path: Path) -> None:
+    """A question that is also in train leaves the test set, not train. Generated ones start with a larger number."""
+    rows = [*rows_of(2), *rows_of(3, first=70)]
+    path = write_rows(tmp_path / "mine.jsonl", [row | {"answer": row["answer"][-2:]} for row in rows])
+    tests = {
+        "mine": FileTest(source="file", file="mine.jsonl", path=path),
+        "larger": GeneratedTest(source="generated", start=[50, 60], questions=20),
+    }
+    plain = files(tmp_path, rows_of(9), rows_of(3, first=50))
+    splits, counts, _ = make_splits(plain.model_copy(update={"tests": tests}), 1)
+    before, counted, _ = make_splits(plain, 1)
+    assert splits | {"tests": []} == before and "tests" not in counted
+    assert [row["id"] for row in splits["tests"] if row["test"] == "mine"] == [
+        f"mine-0000{n}" for n in (2, 3, 4)
+    ]
+    assert counts["tests"]["mine"]["overlap_exact"] == 2
+    larger = [row["question"] for row in splits["tests"] if row["test"] == "larger"]
+    starts = [int(re.search(r"has (\d+)", question)[1]) for question in larger]  # type: ignore[index]
+    assert len(starts) == 20 and all(50 <= start <= 60 for start in starts)
+
+
+def test_a_test_set_on_the_hub(tmp_path: Path, repositories: tuple[str, str]) -> None:
+    """Its columns are named; without them, or without the dataset, one line says which set it is."""
+    rows = [{"Body": "Ann has 9.", "Question": "How many?", "Answer": "9.0"}]
+    place = {"id": local_repository(tmp_path / "svamp", rows, "test"), "config": "main", "revision": REVISION}
+    columns = {"question": ["Body", "Question"], "answer": "Answer"}
+
+    def made(**more: Any) -> Any:
+        test = HubTest(source="hub", **place, **more)
+        return make_splits(hub(*repositories).model_copy(update={"tests": {"svamp": test}}), 1)
+
+    (row,) = made(split="test", **columns)[0]["tests"]
+    assert row == {"id": "svamp-00000", "test": "svamp", "question": "Ann has 9. How many?", "gold": "9"}
+    with pytest.raises(
+        UserError, match=r"svamp \(main, test\): has no column 'question'; columns found: Body, "
+    ):
+        made(split="test")
+    with pytest.raises(
+        UserError, match=r"svamp \(main, tset\): cannot be loaded .*data\.tests\.\*.*source: file$"
+    ):
+        made(split="tset", **columns)
 
 
 # ---- the hub -----------------------------------------------------------------------------------------

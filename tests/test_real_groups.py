@@ -22,6 +22,7 @@ from stages import coherence, preference
 from stages.regime_w.voting import Voter
 from stages.run.files import read_json, read_jsonl, write_jsonl
 from stages.run.params import load_params
+from stages.run.paths import LAST_ROUND
 from stages.stats.vote import VoteSummary
 
 REPO = Path(__file__).resolve().parents[1]
@@ -55,8 +56,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with contextlib.chdir(place):
         rollouts, scored, pairs = Path("rollouts.jsonl"), Path("scored.jsonl"), Path("pairs.jsonl")
         write_jsonl(rollouts, bench("common").groups_of_four(REAL))
-        coherence.main(rollouts, scored, Path("regime_w.json"), Path("plots"), 1)
-        preference.main(scored, pairs, Path("preference.json"))
+        coherence.main(LAST_ROUND, rollouts, scored, Path("regime_w.json"), Path("plots"), 1)
+        preference.main(LAST_ROUND, scored, pairs, Path("preference.json"))
         return Made(
             list(read_jsonl(scored)),
             list(read_jsonl(pairs)),

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from html import unescape
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from stages.page.table import print_results
 from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
 from stages.stats.changed import changed_metrics
+from stages.stats.looks import LUCK, judge, kept_words
 from stages.stats.one import BOOTSTRAP_SEED, summarise
-from stages.stats.paired import compare, compare_changed
+from stages.stats.paired import compare, compare_changed, compare_tests, compare_votes
+from stages.stats.testsets import metrics_of_tests
 from stages.stats.vote import VoteSummary
 from tests.browser import CHROMIUM, Browser
 
@@ -102,11 +105,12 @@ def add_everything(root: Path) -> None:
         "metrics/curves/sft.csv": "step,loss,grad_norm\n1,2.5,1\n2,1.5,\n3,1.25,0.5\n",
         "metrics/curves/dpo.csv": "step,loss,reward_margin,logp_chosen,logp_rejected,grad_norm\n"
         "1,0.69,0,-20,-21,1\n2,0.6,0.4,-20,-25,1\n",
-        "metrics/curves/dpo_selection.csv": "step,valid_accuracy\n0,0.7\n10,0.8\n",
-        "metrics/plots/regime_w/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
+        "metrics/curves/sft_selection.csv": "step,valid_accuracy,valid_mean\n0,0.7,0.6\n3,0.6,0.5\n",
+        "metrics/curves/dpo_selection.csv": "step,valid_accuracy,valid_mean\n0,0.7,0.6\n10,0.8,0.7\n",
+        "metrics/plots/regime_w/dpo/arms.csv": "arm,mean_reward,low,high,pulls,best_share,regret\n"
         "plain,1,0.9,1.1,10,0.4,0.2\ntutor,1.2,1,1.3,9,0.6,0\nnew,,,,1,,\n",
-        "metrics/plots/regime_w/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
-        "metrics/preference.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
+        "metrics/plots/regime_w/dpo/coherence.csv": "s_wm,trajectories,accuracy\n0.05,3,0.2\n0.15,0,\n0.95,4,0.75\n",
+        "metrics/preference/dpo.json": json.dumps({"pairs": 12, "correctness": kind, "coherence": none}),
         "data/platinum_eval/sft.manifest.json": json.dumps(manifest),
         "dvc.lock": "stages:\n  evaluate@sft:\n    params:\n      profiles/tiny.yaml:\n"
         "        evaluate:\n          samples: 4\n",
@@ -115,6 +119,13 @@ def add_everything(root: Path) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def put_kept(root: Path, name: str, start: str, before: list[int], after: list[int]) -> str:
+    """Which step of a training was kept, as its stage writes it; returns the words."""
+    judged = judge({0: before, 20: after, 38: before}, 1, 0.05) | {"start": start}
+    write_json(root / f"metrics/kept/{name}.json", judged)
+    return kept_words(judged)
 
 
 # --- what it writes
@@ -171,7 +182,8 @@ def test_page_shows_everything_that_is_there(workplace: Path) -> None:
     report.main()
     page = (workplace / "report.html").read_text()
     for words in (
-        "DPO: log-probabilities", "DPO: accuracy on the validation split", "Mean reward of each arm",
+        "DPO: log-probabilities", "DPO: accuracy on the validation split",
+        "SFT: accuracy on the validation split", "Mean reward of each arm",
         "Accuracy against s_wm", "coherence › refused › same", "0f" * 32,
         "The 1 manifests, the files they name and dvc.lock agree",
         "Pairs by kind", ">+1.50<", "<th scope=\"col\">pulls</th>",
@@ -227,6 +239,79 @@ def test_twins_are_compared_and_shown(workplace: Path) -> None:
     assert "Twins of 40 questions, with one number changed, in percent" in shown
 
 
+def put_tests(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Two other test sets, on one of which the later policy is worse."""
+    made = {}
+    for name, other in zip(RATES, reversed(RATES), strict=True):
+        sets = {"svamp": rows_of(name, n=30), "mine": rows_of(other, n=40)}
+        made[name] = [{"test": test, **row} for test, rows in sets.items() for row in rows]
+        write_jsonl(root / f"data/tests_eval/{name}.jsonl", made[name])
+        path = root / f"metrics/platinum_details/{name}.json"
+        write_json(path, json.loads(path.read_text()) | metrics_of_tests(made[name], 1))
+    return made
+
+
+def test_other_test_sets_are_compared_and_shown(workplace: Path) -> None:
+    """A row each below Platinum's, on the page and in the table; a loss elsewhere stands in the page's head."""
+    rows = put_tests(workplace)
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())
+    paired = compare_tests(rows["sft"], rows["dpo"], ("SFT", "DPO"), BOOTSTRAP_SEED)["tests"]
+    assert made["sft_to_dpo"]["tests"] == paired and paired["mine"]["difference"] < 0
+    page = unescape((workplace / "report.html").read_text()).replace("\u00a0", " ")
+    section = page.split('<section id="tests">')[1].split("</section>")[0]
+    assert re.findall(r'<tr><th scope="row">(\w+)</th>', section) == 2 * ["Platinum", "svamp", "mine"]
+    for test, one in paired.items():
+        assert f"<td>{100 * one['difference']:+.1f} points<" in section
+        assert f"<p>SFT → DPO on {test}: {one['verdict']}.</p>" in page
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [line.split() for line in text.split("Other test sets")[1].splitlines()]
+    (line,) = [line for line in lines if line[:1] == ["mine"]]
+    accuracies = [metrics_of_tests(rows[name], 1)["tests"]["mine"]["accuracy"] for name in RATES]
+    assert [line[1], line[2], line[3], line[6]] == ["40", *(f"{100 * one:.1f}" for one in accuracies)]
+    assert line[7] == f"{100 * paired['mine']['difference']:+.1f}"
+    rows_shown = [line[0] for line in lines if line and line[0] in ("Platinum", "svamp", "mine")]
+    assert rows_shown == ["Platinum", "svamp", "mine"]
+
+
+def test_the_table_of_test_sets_fits(workplace: Path) -> None:
+    """Also with the longest name and the widest figures."""
+    put_tests(workplace)
+    report.main()
+    name = "a-name-of-14-l"
+    step = {"difference": -0.5555, "p": 1e-9}
+    for policy in RATES:
+        path = workplace / f"metrics/platinum_details/{policy}.json"
+        wide = {"tests": {name: {"accuracy": 1.0, "questions": 10552}}}
+        write_json(path, json.loads(path.read_text()) | wide)
+    path = workplace / "metrics/comparison.json"
+    made = json.loads(path.read_text())
+    write_json(path, {key: value | {"tests": {name: step}} for key, value in made.items()})
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert re.search(name + r" +10,552 +100\.0 +100\.0 +-55\.5 +<0\.0001 +100\.0 +-55\.5 +<0\.0001", text)
+
+
+def test_votes_are_compared_from_policy_to_policy(workplace: Path) -> None:
+    """coherent@k of the same questions, paired: on the page and in the words below the table."""
+    votes = {}
+    for name in RATES:
+        put_votes(workplace, name)
+        votes[name] = [{"id": row["id"], "coherent": float(row["correct"])} for row in rows_of(name)]
+        write_jsonl(workplace / f"data/votes/{name}.jsonl", votes[name])
+    report.main()
+    made = json.loads((workplace / "metrics/comparison.json").read_text())["sft_to_dpo"]["coherent"]
+    assert made == compare_votes(votes["sft"], votes["dpo"], ("SFT", "DPO"), BOOTSTRAP_SEED)["coherent"]
+    section = (
+        (workplace / "report.html").read_text().split('aria-label="Votes, paired"')[1].split("</table>")[0]
+    )
+    assert section.count('<tr><th scope="row">') == 3
+    assert f"<td>{100 * made['difference']:+.1f} points<" in section
+    words = " ".join(table_text().split())
+    assert f"coherent@4 {100 * made['difference']:+.1f} points: {made['verdict']}" in words
+
+
 def test_the_table_of_twins_fits(workplace: Path) -> None:
     """Also when every figure is as wide as it can be."""
     report.main()
@@ -241,6 +326,29 @@ def test_the_table_of_twins_fits(workplace: Path) -> None:
     text = table_text()
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("100.0 (99.6–100.0)   -55.5  <0.0001  100.0   -55.5  <0.0001  100.0") == 2
+
+
+def test_a_training_that_changed_nothing_is_loud(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On top of the page, in the table, and when the stage ends; the luck of the best look is told beside it."""
+    kept = put_kept(workplace, "dpo", "the SFT adapter", [0] * 20, [1] * 12 + [0] * 8)
+    report.main()
+    page = (workplace / "report.html").read_text().replace("\u00a0", " ")
+    assert "KEPT STEP 0" not in page and 'class="warn"' not in page and LUCK in page
+    assert f"<p>DPO {kept}.</p>" in page.split('<section id="training">')[1]
+    shown = " ".join(table_text().split())
+    assert f"DPO {kept}. {LUCK}" in shown and "step 0" not in shown and "WARNING" not in shown
+
+    none = put_kept(workplace, "sft", "the base policy", [1] * 12 + [0] * 8, [1] * 13 + [0] * 7)
+    capsys.readouterr()
+    report.main()
+    page = (workplace / "report.html").read_text().replace("\u00a0", " ")
+    top = page.split("<nav")[0]
+    assert "A training changed nothing" in top and f"<li>SFT {none}.</li>" in top and kept not in top
+    assert f"WARNING SFT {none}." in " ".join(capsys.readouterr().err.split())
+    text = table_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"(?m)^ +SFT, step 0 ", text) and re.search(r"(?m)^ +DPO ", text)
+    assert f"WARNING SFT {none}. DPO {kept}." in " ".join(text.split())
 
 
 def test_page_without_votes(workplace: Path) -> None:
@@ -275,7 +383,7 @@ def test_page_without_samples(workplace: Path) -> None:
 
 def test_no_evaluation_is_one_clear_line(workplace: Path) -> None:
     shutil.rmtree(workplace / "data")
-    with pytest.raises(UserError, match=r"holds no base\.jsonl, sft\.jsonl or dpo\.jsonl"):
+    with pytest.raises(UserError, match=r"holds none of base\.jsonl, sft\.jsonl, dpo\.jsonl"):
         report.main()
 
 
@@ -440,7 +548,7 @@ def test_table_needs_only_the_metrics(workplace: Path) -> None:
     assert "base" in text and "DPO" in text and "SFT" not in text
 
 
-def test_table_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_table_of_nothing(workplace: Path) -> None:
+    shutil.rmtree(workplace / "metrics")
     with pytest.raises(UserError, match="no results yet"):
         print_results()

@@ -11,7 +11,7 @@ import pytest
 
 from stages import vote
 from stages.run.errors import UserError
-from stages.run.files import read_json, write_jsonl
+from stages.run.files import read_json, read_jsonl, write_jsonl
 from tests.regime_w.worked_example import QUESTION, TEXTS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -50,6 +50,8 @@ def test_slips_lose_to_a_coherent_minority(workplace: Path, capsys: pytest.Captu
     assert (few["maj_at_5"], few["coherent_at_5"], few["pass_at_5"]) == (0.0, 1.0, 1.0)
     assert few.pop("vote_p") == details["p"] == pytest.approx(2 / 2**12)
     assert {name: details[name] for name in few} == few
+    votes = list(read_jsonl(Path("data/votes/sft.jsonl")))
+    assert votes == [{"id": f"q{i}", "majority": 0.0, "coherent": 1.0} for i in range(12)]
     assert list(details["by"]) == ["s_end", "s_path", "s_cf", "s_wm", "reach"]
     said = capsys.readouterr().err
     assert "12 questions of 5 samples: majority 0.0%, by s_cf 100.0%; coherence is better" in said
@@ -79,6 +81,7 @@ def test_same_bytes_twice_and_a_manifest_of_what_was_read(workplace: Path) -> No
         Path("metrics/vote/sft.json"),
         Path("metrics/vote_details/sft.json"),
         Path("metrics/vote/sft.manifest.json"),
+        Path("data/votes/sft.jsonl"),
     ]
     run()
     first = [path.read_bytes() for path in outputs]

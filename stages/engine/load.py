@@ -40,8 +40,8 @@ def engine_around(model: Any, tokenizer: Any, hardware: Hardware) -> Transformer
     """An engine around a model that is already in memory; it stops at every end token the model declares.
 
     It calls the base model, which has the adapter's layers in it. Around the forward pass of the PEFT model that it
-    trains, accelerate wraps autocast for good (Accelerator.prepare_model), so that DPO's step 0, which comes before,
-    would be scored in another arithmetic than the later steps.
+    trains, accelerate wraps autocast for good (Accelerator.prepare_model), so that step 0 of a training, which
+    comes before, would be scored in another arithmetic than the later steps.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()

@@ -24,7 +24,7 @@ from stages.run.shortage import ran_out_of_memory
 from stages.run.stage import StageRun
 from stages.train.trainer import Rows
 
-# How long a process may wait for another one: while DPO trains, each answers its share of the validation problems.
+# How long a process may wait for another one: while a policy trains, each answers its share of the validation problems.
 PATIENCE = timedelta(hours=2)
 # Files in the run's folder
 ROWS = "rows.json"  # how the last attempt went through its batches
@@ -38,9 +38,10 @@ def fit_rows(run: StageRun, spec: Sft | Dpo, model: Any, longest: int, most: int
     when a row is longer than its context.
     """
     if (context := context_size(model.config)) and longest > context:
+        key = f"{run.name.partition('@')[0]}.max_tokens"
         raise UserError(
-            f"{run.name}.max_tokens: the longest row has {longest:,} tokens, and the model's context is {context:,}; "
-            f"lower {run.name}.max_tokens to that"
+            f"{key}: the longest row has {longest:,} tokens, and the model's context is {context:,}; "
+            f"lower {key} to that"
         )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     limit, checkpointing = training_rows(model, spec, run.params.hardware, longest, processes, most)
@@ -104,6 +105,6 @@ def out_of_memory(run: StageRun) -> bool:
 def rebuild(order: dict[str, Any]) -> StageRun:
     """The run of an order, in another process; only rank 0 shows progress."""
     quiet = os.environ.get("RANK", "0") != "0"
-    params = Sections(load_params(), tuple(order["sections"]))
+    params = Sections(load_params(), tuple(order["sections"]), order["name"].partition("@")[2])
     console = Console(stderr=True, soft_wrap=True, quiet=quiet)
     return StageRun(order["name"], params, Path(order["work"]), console, started=order["started"])

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.page.svg import interval_chart, line_chart
 from stages.run.files import read_json
-from stages.run.history import MADE_BY, History, Manifest, broken, read_lock
-from stages.run.paths import (
-    DATA_METRICS,
-    DPO_CURVE,
-    DPO_SELECTION,
-    LOCK,
-    POLICIES,
-    PREFERENCE_METRICS,
-    REGIME_W_METRICS,
-    REGIME_W_PLOTS,
-    SFT_CURVE,
-)
+from stages.run.history import History, Manifest, broken, read_lock
+from stages.run.paths import DATA_METRICS, KEPT, LAST, LAST_ROUND, LOCK, SFT_CURVE, SFT_SELECTION, RoundPaths
+from stages.run.rounds import chain, compared, shown
 from stages.run.stage import manifest_path
+from stages.stats.looks import LUCK, kept_words
 from stages.stats.one import LEAK_LIMIT, TRUNCATED_LIMIT, health_warnings, samples_in
 
 Row = dict[str, Any]
@@ -31,20 +23,24 @@ Table = list[dict[str, str]]
 QUESTION_BYTES = 3_600_000  # of the page's 5 MB
 COMPLETION_CHARACTERS = (8000, 4000, 2500, 1600, 1000, 600, 300)
 
+FIRST_VERDICT, LAST_VERDICT = f"sft_to_{LAST_ROUND}", f"base_to_{LAST_ROUND}"
+
+# The page draws the last round; the ones before it have a row in a table.
 # The charts of the training: the file, the title, the columns drawn together against the file's first column.
 CURVE_CHARTS = (
     (SFT_CURVE, "SFT: loss", ("loss",)),
     (SFT_CURVE, "SFT: gradient norm", ("grad_norm",)),
-    (DPO_CURVE, "DPO: loss", ("loss",)),
-    (DPO_CURVE, "DPO: reward margin", ("reward_margin",)),
-    (DPO_CURVE, "DPO: log-probabilities", ("logp_chosen", "logp_rejected")),
-    (DPO_CURVE, "DPO: gradient norm", ("grad_norm",)),
-    (DPO_SELECTION, "DPO: accuracy on the validation split", ("valid_accuracy",)),
+    (SFT_SELECTION, "SFT: accuracy on the validation split", ("valid_accuracy", "valid_mean")),
+    (LAST.curve, "DPO: loss", ("loss",)),
+    (LAST.curve, "DPO: reward margin", ("reward_margin",)),
+    (LAST.curve, "DPO: log-probabilities", ("logp_chosen", "logp_rejected")),
+    (LAST.curve, "DPO: gradient norm", ("grad_norm",)),
+    (LAST.selection, "DPO: accuracy on the validation split", ("valid_accuracy", "valid_mean")),
 )
-ARMS, BY_COHERENCE = REGIME_W_PLOTS / "arms.csv", REGIME_W_PLOTS / "coherence.csv"
-TABLES = (SFT_CURVE, DPO_CURVE, DPO_SELECTION, ARMS, BY_COHERENCE)
+ARMS, BY_COHERENCE = LAST.plots / "arms.csv", LAST.plots / "coherence.csv"
+TABLES = (SFT_CURVE, SFT_SELECTION, LAST.curve, LAST.selection, ARMS, BY_COHERENCE)
 
-SUMMARIES = {DATA_METRICS: "Data", REGIME_W_METRICS: "Regime W", PREFERENCE_METRICS: "Pairs"}
+SUMMARIES = {DATA_METRICS: "Data", LAST.regime_w: "Regime W", LAST.preference: "Pairs"}
 HEALTH = {
     "end_token": "ended by the end token",
     "truncated": "cut at the token limit",
@@ -61,46 +57,57 @@ def page_facts(
     comparisons: Mapping[str, Row],
     rows: Mapping[str, list[Row]],
     votes: Mapping[str, Row],
+    starts: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything the page shows, as plain data for its template.
 
-    `policies`, `rows` and `votes` are by policy, `comparisons` by "<a>_to_<b>". A table, metrics file or manifest that
-    is not there is left out. Raises UserError when a file is damaged.
+    `policies`, `rows` and `votes` are by policy, `comparisons` by "<a>_to_<b>", `starts` by round (run/rounds.py). A
+    table, metrics file or manifest that is not there is left out. Raises UserError when a file is damaged.
     """
-    titles = {key: " → ".join(POLICIES[name] for name in key.split("_to_")) for key in comparisons}
-    # The last step first: people open the page to see whether DPO helped.
-    order = [key for key in ("sft_to_dpo", "base_to_sft", "base_to_dpo") if key in comparisons]
+    titles = {f"{a}_to_{b}": f"{shown(a)} → {shown(b)}" for a, b in compared(starts)}
+    # From SFT to the last round first, then the last steps: people open the page to see whether DPO helped.
+    steps = [key for key in titles if key not in (FIRST_VERDICT, LAST_VERDICT)]
+    order = [key for key in (FIRST_VERDICT, *reversed(steps), LAST_VERDICT) if key in comparisons]
     tables = {path: _read_csv(path) for path in TABLES if path.is_file()}
     metrics = {path: read_json(path) for path in SUMMARIES if path.is_file()}
     manifests = _manifests()
+    kept = read_kept(policies)
     return {
-        "policies": [_policy_facts(POLICIES[name], values) for name, values in policies.items()],
+        "policies": [_policy_facts(shown(name), values) for name, values in policies.items()],
         "policy_chart": _policy_chart(policies),
         "verdicts": [
             {
                 "title": titles[key],
                 "greedy": comparisons[key]["verdict"],
                 "mean": comparisons[key].get("mean_verdict"),
+                "tests": {name: one["verdict"] for name, one in comparisons[key].get("tests", {}).items()},
             }
             for key in order
         ],
         "comparisons": [{"title": titles[key], **comparisons[key]} for key in comparisons],
-        "votes": [
-            _vote_facts(POLICIES[name], values) for name, values in votes.items() if values["questions"]
-        ],
+        "tests": _tests(policies, comparisons),
+        "votes": [_vote_facts(shown(name), values) for name, values in votes.items() if values["questions"]],
         "twins": [
-            {"name": POLICIES[name], **values} for name, values in policies.items() if "changed" in values
+            {"name": shown(name), **values} for name, values in policies.items() if "changed" in values
         ],
         "health_names": HEALTH,
         "limits": {"leak": LEAK_LIMIT, "truncated": TRUNCATED_LIMIT},
-        "warnings": [w for name, values in policies.items() for w in health_warnings(values, POLICIES[name])],
+        "warnings": [w for name, values in policies.items() for w in health_warnings(values, shown(name))],
+        "kept": [f"{shown(name)} {kept_words(judged)}." for name, judged in kept.items()],
+        "unchanged": [
+            f"{shown(name)} {kept_words(judged)}." for name, judged in kept.items() if not judged["kept"]
+        ],
+        "luck": LUCK,
         "curves": [
-            line_chart(title, *_series(tables[path], columns), markers=path == DPO_SELECTION)
+            line_chart(
+                title, *_series(tables[path], columns), markers=path in (SFT_SELECTION, LAST.selection)
+            )
             for path, title, columns in CURVE_CHARTS
             if tables.get(path)
         ],
         "plots": [_plot(path, tables[path]) for path in (ARMS, BY_COHERENCE) if tables.get(path)],
-        "pairs": _pair_kinds(metrics.get(PREFERENCE_METRICS, {})),
+        "rounds": _rounds(starts),
+        "pairs": _pair_kinds(metrics.get(LAST.preference, {})),
         "summaries": [
             {"title": SUMMARIES[path], "rows": list(_flatten(values))} for path, values in metrics.items()
         ],
@@ -117,6 +124,12 @@ def page_facts(
         "pinned": Path("requirements.txt").read_text(encoding="utf-8"),
         "questions": _questions(rows),
     }
+
+
+def read_kept(policies: Iterable[str]) -> dict[str, Row]:
+    """For each policy whose training has ended, which step is kept and why (stages/stats/looks.py)."""
+    paths = {name: KEPT / f"{name}.json" for name in policies}
+    return {name: read_json(path) for name, path in paths.items() if path.is_file()}
 
 
 def _policy_facts(name: str, values: Row) -> dict[str, Any]:
@@ -139,6 +152,25 @@ def _policy_facts(name: str, values: Row) -> dict[str, Any]:
     }
 
 
+def _tests(policies: Mapping[str, Row], comparisons: Mapping[str, Row]) -> list[Row]:
+    """One row a test set, Platinum first: each policy's figures, and each comparison; none without other test sets."""
+    names = dict.fromkeys(name for values in policies.values() for name in values.get("tests", {}))
+    if not names:
+        return []
+    found: list[Row] = [
+        {"name": "Platinum", "policies": [*policies.values()], "steps": [*comparisons.values()]}
+    ]
+    for name in names:
+        found.append(
+            {
+                "name": name,
+                "policies": [values.get("tests", {}).get(name) for values in policies.values()],
+                "steps": [values.get("tests", {}).get(name) for values in comparisons.values()],
+            }
+        )
+    return found
+
+
 def _vote_facts(name: str, values: Row) -> dict[str, Any]:
     """One policy's vote, with the number of samples left out of the keys."""
     k = values["samples"]
@@ -153,7 +185,7 @@ def _policy_chart(policies: Mapping[str, Row]) -> str:
         for label, key in (("greedy", "accuracy"), (f"mean@{k}", f"mean_at_{k}")):
             if key in values:
                 rows.append(
-                    (f"{POLICIES[name]} {label}", values[key], values[f"{key}_low"], values[f"{key}_high"])
+                    (f"{shown(name)} {label}", values[key], values[f"{key}_low"], values[f"{key}_high"])
                 )
     return interval_chart("Accuracy with 95 % interval", rows)
 
@@ -199,6 +231,37 @@ def _short(text: str) -> str:
         return text
 
 
+def round_files(starts: Mapping[str, str]) -> list[Path]:
+    """What the table of the rounds is made of."""
+    rounds = map(RoundPaths, chain(starts))
+    return [path for one in rounds for path in (one.regime_w, one.preference, one.selection)]
+
+
+def _rounds(starts: Mapping[str, str]) -> list[Row]:
+    """One row a round: its start, its trajectories, its pairs, the step that was kept; none for a single round."""
+    rows = []
+    for name, before in chain(starts).items() if len(starts) > 1 else ():
+        own = RoundPaths(name)
+        row: Row = {"name": shown(name), "before": shown(before)}
+        if own.regime_w.is_file():
+            scored = read_json(own.regime_w)
+            row |= {key: scored[key] for key in ("questions", "trajectories", "accuracy")}
+            row["s_wm"] = scored["signals"]["s_wm"]
+        if own.preference.is_file():
+            row["pairs"] = read_json(own.preference)["pairs"]
+        if own.selection.is_file() and (table := _read_csv(own.selection)):
+            scores = {int(line["step"]): float(line["score"]) for line in table}
+            best = max(scores, key=lambda step: (scores[step], -step))
+            row |= {
+                "kept": best,
+                "steps": max(scores),
+                "score": scores[best],
+                "from_score": scores[min(scores)],
+            }
+        rows.append(row)
+    return rows
+
+
 def _pair_kinds(metrics: Row) -> list[Row]:
     """One row a kind of pair: how many, from how many questions, margin, length difference, not shorter."""
     kinds = ((name, metrics.get(name)) for name in ("correctness", "coherence"))
@@ -228,7 +291,7 @@ def _questions(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
 
     def packed(keys: list[str], limit: int) -> dict[str, Any]:
         return {
-            "policies": [POLICIES[name] for name in rows],
+            "policies": [shown(name) for name in rows],
             "left_out": len(shared) - len(keys),
             "limit": limit,
             "rows": [_question([index[key] for index in indexes.values()], limit) for key in keys],
@@ -278,7 +341,7 @@ def _middle_out(text: str, limit: int) -> str:
 def _manifests() -> dict[Path, Manifest]:
     """The manifests of the stages before this one, by path, in the order of the pipeline."""
     history = History()
-    found = ((output, history.manifest(stage)) for stage, output in reversed(MADE_BY.items()))
+    found = ((output, history.manifest(stage)) for stage, output in reversed(history.made_by.items()))
     return {manifest_path(output): manifest for output, manifest in found if manifest}
 
 
@@ -301,7 +364,8 @@ def _disagreements(manifests: Mapping[Path, Manifest]) -> list[str]:
                     used = used.get(part) if isinstance(used, Mapping) else None
                 if used is not None:
                     found += [f"{manifest.stage}: {words}" for words in _differences(key, used, locked)]
-    return [*found, *map(str, broken(History().steps(tuple(MADE_BY))))]
+    history = History()
+    return [*found, *map(str, broken(history.steps(tuple(history.made_by))))]
 
 
 def _differences(key: str, used: Any, locked: Any) -> Iterator[str]:

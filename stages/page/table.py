@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stages.page.facts import read_kept
 from stages.run.errors import UserError
 from stages.run.files import read_json
-from stages.run.paths import COMPARISON, PLATINUM_DETAILS, POLICIES, VOTE_DETAILS
+from stages.run.params import load_params
+from stages.run.paths import COMPARISON, LAST_ROUND, PLATINUM_DETAILS, VOTE_DETAILS
+from stages.run.rounds import shown
+from stages.stats.looks import LUCK, kept_words
 from stages.stats.one import health_warnings, samples_in
-from stages.stats.paired import p_words
+from stages.stats.p_value import p_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +30,8 @@ def print_results(console: Console | None = None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or Console()
-    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in POLICIES}
+    console, params = console or Console(), load_params()
+    paths = {name: PLATINUM_DETAILS / f"{name}.json" for name in params.policy_names}
     policies = {name: read_json(path) for name, path in paths.items() if path.is_file()}
     if not policies:
         raise UserError("metrics/platinum: there are no results yet; run `dvc repro`")
@@ -35,8 +39,10 @@ def print_results(console: Console | None = None) -> None:
     k = max(samples_in(metrics) for metrics in policies.values())
 
     title = f"Platinum test set, {max(metrics['questions'] for metrics in policies.values()):,} questions"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("policy")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("policy", no_wrap=True)
     table.add_column("greedy (95 %)", justify="right", no_wrap=True)
     table.add_column("change", justify="right", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)
@@ -45,13 +51,15 @@ def print_results(console: Console | None = None) -> None:
         table.add_column("change", justify="right", no_wrap=True)
         table.add_column("p", justify="right", no_wrap=True)
 
-    before = ""
+    befores = _befores(policies, params.chain)
+    kept = read_kept(policies)
     words, warnings = [], []
     for name, metrics in policies.items():
-        step = comparisons.get(f"{before}_to_{name}", {})
+        step = comparisons.get(f"{befores[name]}_to_{name}", {})
         accuracy, low, high = (100 * metrics[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+        unchanged = name in kept and not kept[name]["kept"]
         cells = [
-            POLICIES[name],
+            f"{shown(name)}, step 0" if unchanged else shown(name),
             f"{accuracy:.1f} % ({low:.1f}–{high:.1f})",
             *_change(step, "difference", "p"),
         ]
@@ -60,12 +68,10 @@ def print_results(console: Console | None = None) -> None:
             cells.append(f"{100 * metrics[f'mean_at_{own}']:.1f} %" if own else "")
             cells += _change(step, "mean_difference", "mean_p")
         table.add_row(*cells)
-        if step:
-            words += [f"{POLICIES[before]} → {POLICIES[name]}", f"  greedy {step['verdict']}"]
-            if "mean_verdict" in step:
-                words.append(f"  mean@{step['samples_b']} {step['mean_verdict']}")
-        warnings += health_warnings(metrics, POLICIES[name])
-        before = name
+        words += _step_words(befores[name], name, step)
+        warnings += health_warnings(metrics, shown(name))
+    if befores.get(LAST_ROUND) != "sft":  # what all rounds brought together
+        words += _step_words("sft", LAST_ROUND, comparisons.get(f"sft_to_{LAST_ROUND}", {}))
 
     console.print(table)
     votes = {name: read_json(path) for name in policies if (path := VOTE_DETAILS / f"{name}.json").is_file()}
@@ -74,9 +80,17 @@ def print_results(console: Console | None = None) -> None:
         console.print(_vote_table(votes))
     twins = {name: metrics for name, metrics in policies.items() if "changed" in metrics}
     if twins:
-        console.print(_changed_table(twins, comparisons))
+        console.print(_changed_table(twins, comparisons, befores))
+    tests = list(dict.fromkeys(name for metrics in policies.values() for name in metrics.get("tests", {})))
+    if tests:
+        console.print(_tests_table(tests, policies, comparisons, befores))
     for line in words:
         console.print(escape(line), highlight=False)
+    for name, judged in kept.items():
+        line = escape(f"{shown(name)} {kept_words(judged)}.")
+        console.print(line if judged["kept"] else f"[bold red]WARNING[/bold red] {line}", highlight=False)
+    if kept:
+        console.print(LUCK, style="dim", highlight=False)
     for line in warnings:
         console.print(f"[bold red]WARNING[/bold red] {escape(line)}", highlight=False)
     console.print("\nWhere to look next", style="bold")
@@ -86,6 +100,29 @@ def print_results(console: Console | None = None) -> None:
         ("dvc plots show", "curves, arms, coherence"),
     ):
         console.print(f"  {command:<18}{what}", highlight=False)
+
+
+def _befores(policies: Iterable[str], chain: Mapping[str, str]) -> dict[str, str]:
+    """The policy that each evaluated one started from; the one evaluated before it, where that is not there."""
+    found: dict[str, str] = {}
+    for name in policies:
+        start = chain.get(name, "base")
+        found[name] = start if start in found else next(reversed(found), "")
+    return found
+
+
+def _step_words(before: str, name: str, step: Mapping[str, Any]) -> list[str]:
+    """The verdicts on one step, in lines; none where it was not compared."""
+    if not step:
+        return []
+    words = [f"{shown(before)} → {shown(name)}", f"  greedy {step['verdict']}"]
+    if "mean_verdict" in step:
+        words.append(f"  mean@{step['samples_b']} {step['mean_verdict']}")
+    if "coherent" in step:
+        vote = step["coherent"]
+        change = f"{100 * vote['difference']:+.1f} points"
+        words.append(f"  coherent@{step['samples_b']} {change}: {vote['verdict']}")
+    return words
 
 
 def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -105,7 +142,7 @@ def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
         k = vote["samples"]
         coherent, low, high = (100 * vote[f"coherent_at_{k}{end}"] for end in ("", "_low", "_high"))
         table.add_row(
-            POLICIES[name],
+            shown(name),
             f"{100 * vote[f'maj_at_{k}']:.1f}",
             f"{coherent:.1f} ({low:.1f}–{high:.1f})",
             *_change(vote, "difference", "p"),
@@ -115,7 +152,9 @@ def _vote_table(votes: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any]) -> Table:
+def _changed_table(
+    policies: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Any], befores: Mapping[str, str]
+) -> Table:
     """What each policy made of the twins, and what changed from the policy before it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -126,19 +165,48 @@ def _changed_table(policies: Mapping[str, Mapping[str, Any]], comparisons: Mappi
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=tight)
     for number, name in enumerate(("policy", "twin (95 %)", "change", "p", "both", "change", "p", "kept")):
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    before = ""
     for name, metrics in policies.items():
-        step = comparisons.get(f"{before}_to_{name}", {})
+        step = comparisons.get(f"{befores[name]}_to_{name}", {})
         changed, low, high = (100 * metrics[f"changed{end}"] for end in ("", "_low", "_high"))
         table.add_row(
-            POLICIES[name],
+            shown(name),
             f"{changed:.1f} ({low:.1f}–{high:.1f})",
             *_change(step.get("changed", {}), "difference", "p"),
             f"{100 * metrics['both']:.1f}",
             *_change(step.get("both", {}), "difference", "p"),
             f"{100 * metrics['kept']:.1f}" if "kept" in metrics else "",
         )
-        before = name
+    return table
+
+
+def _tests_table(
+    tests: Sequence[str],
+    policies: Mapping[str, Mapping[str, Any]],
+    comparisons: Mapping[str, Any],
+    befores: Mapping[str, str],
+) -> Table:
+    """A row for Platinum and one for each other test set: each policy, and what changed from where it started."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    tight = (0, 1, 0, 0)  # nine columns in 80
+    title = "Other test sets, greedy, in percent"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=tight)
+    table.add_column("test set", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for place, name in enumerate(policies):
+        for column in (shown(name), "change", "p") if place else (shown(name),):
+            table.add_column(column, justify="right", no_wrap=True)
+    for test in ("", *tests):
+        cells, asked = [], 0
+        for name, metrics in policies.items():
+            step = comparisons.get(f"{befores[name]}_to_{name}", {})
+            if test:
+                metrics, step = metrics.get("tests", {}).get(test, {}), step.get("tests", {}).get(test, {})
+            cells.append(f"{100 * metrics['accuracy']:.1f}" if metrics else "")
+            cells += _change(step, "difference", "p") if befores[name] else []
+            asked = max(asked, metrics.get("questions", 0))
+        table.add_row(test or "Platinum", f"{asked:,}", *cells)
     return table
 
 

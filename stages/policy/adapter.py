@@ -15,19 +15,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.run.errors import UserError
 from stages.run.paths import BASE
+from stages.run.process import computes_bf16
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_base(folder: Path = BASE) -> tuple[Any, Any]:
-    """The model and tokenizer of a checkpoint folder: in the precision it was saved in, on the GPU if there is one."""
-    device = "cpu"
+    """The model and tokenizer of a checkpoint folder, on the GPU if there is one, in the precision it was saved in.
+
+    A processor without bf16 instructions takes bf16 weights in 32 bits, which hold the same numbers.
+    """
+    device, dtype = "cpu", "auto" if computes_bf16() else torch.float32
     if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device, dtype = f"cuda:{os.environ.get('LOCAL_RANK', '0')}", "auto"
         # First of all: else what asks for no device in particular lands on GPU 0.
         torch.cuda.set_device(device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(device), load_tokenizer(folder)
 
 

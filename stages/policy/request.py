@@ -58,6 +58,11 @@ def request_seed(seed: int, *parts: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def rollout_seed(seed: int, later_round: str, question_id: str, pull: str) -> int:
+    """The seed of one trajectory. `later_round` is empty for the first round, whatever it is called."""
+    return request_seed(seed, "rollout", *filter(None, (later_round,)), question_id, pull)
+
+
 def end_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     """The tokens that end a completion: the tokenizer's end token, and all that the model declares."""
     declared = generation_config.eos_token_id

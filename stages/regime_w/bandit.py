@@ -59,7 +59,7 @@ class Thompson:
     estimated once a round from `DRAWS` draws, and pulls are then drawn from those chances.
     """
 
-    def __init__(self, arms: Sequence[str], pulls: int, floor: float, seed: int) -> None:
+    def __init__(self, arms: Sequence[str], pulls: int, floor: float, seed: int | str) -> None:
         if not arms or pulls < 1 or not 0 <= floor <= 1:
             raise ValueError(f"bandit: {len(arms)} arms, {pulls} pulls, floor {floor}")
         self.arms = list(arms)

@@ -62,7 +62,7 @@ class Pair:
         return len(self.chosen["text"]) - len(self.rejected["text"])
 
     def record(self) -> Row:
-        """The pair's line in coherence_preferences.jsonl; its id names both trajectories."""
+        """The pair's line in data/coherence_preferences/; its id names both trajectories."""
         chosen, rejected = self.chosen, self.rejected
         question_id = self.question["id"]
         # Trajectories of a file from elsewhere may have ids such as 0 and 1, the same ones in every question.
@@ -89,7 +89,7 @@ class Pair:
 
 
 def make_pairs(questions: Iterable[Row], params: Preference) -> tuple[list[Row], Row]:
-    """The pair records in the order of the questions, and the summary for metrics/preference.json.
+    """The pair records in the order of the questions, and the summary for metrics/preference/.
 
     Raises UserError when a trajectory lacks what `coherence` writes. `questions` are typed (stages/regime_w/record.py).
     """

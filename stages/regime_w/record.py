@@ -1,6 +1,6 @@
 """Records of rollouts, from this pipeline or from elsewhere: every field is typed here, before anything uses it.
 
-    for question in read_questions(path): ...  # data/rollouts.jsonl; with `scored`, data/regime_w_rollouts.jsonl
+    for question in read_questions(path): ...  # data/rollouts/; with `scored`, data/regime_w_rollouts/
 
 What means the same becomes the same: an id is text (5 becomes "5"), "30" and 30.0 are the number 30, a list of token
 ids is their number, 1 is true. Anything else is refused. A null says nothing: the field counts as absent, except where

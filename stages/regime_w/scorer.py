@@ -1,6 +1,6 @@
 """Scores questions: the signals from the scorer that params.yaml names, then verdicts, rewards and suspicion.
 
-    text, tally = score_batch(params, questions)    # lines of data/regime_w_rollouts.jsonl, and their counts
+    text, tally = score_batch(params, questions)    # lines of data/regime_w_rollouts/, and their counts
 
 On each question it writes s_end s_path s_cf s_wm suspicion suspect suspect_answer; on each trajectory answer correct
 fault soundness s_end s_path s_cf s_wm reward.

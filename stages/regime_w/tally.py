@@ -1,4 +1,4 @@
-"""Counts what scored questions hold, for metrics/regime_w.json and the plots.
+"""Counts what scored questions hold, for metrics/regime_w/ and the plots.
 
 tally.add(...)          # one question
 tally.merge(other)      # the tally of another part of the file
@@ -89,7 +89,7 @@ class Tally:
         add_sums(vars(self), vars(other))
 
     def summary(self) -> dict[str, Any]:
-        """What goes to metrics/regime_w.json."""
+        """What goes to metrics/regime_w/."""
         counts = self.counts
         size = max(1, counts["trajectories"])
         suspects = {"questions": counts["suspect"]}

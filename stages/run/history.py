@@ -18,31 +18,17 @@ from ruamel.yaml import YAML, YAMLError
 
 from stages.run.errors import UserError
 from stages.run.files import read_json
+from stages.run.params import load_params, overlay
 from stages.run.paths import (
     BASE,
-    DPO_ADAPTER,
+    LAST_ROUND,
     LOCK,
-    PAIRS,
     PLATINUM_EVAL,
     PROBLEMS,
-    ROLLOUTS,
-    SCORED,
     SFT_ADAPTER,
+    RoundPaths,
 )
 from stages.run.stage import MANIFEST, manifest_path
-
-# The output beside which a stage's manifest lies; the last stage comes first.
-MADE_BY: dict[str, Path] = {
-    **{f"evaluate@{policy}": PLATINUM_EVAL / f"{policy}.jsonl" for policy in ("dpo", "sft", "base")},
-    "dpo": DPO_ADAPTER,
-    "preference": PAIRS,
-    "coherence": SCORED,
-    "rollout": ROLLOUTS,
-    "sft": SFT_ADAPTER,
-    "base": BASE,
-    "prepare": PROBLEMS,
-}
-TRAINING = tuple(name for name in MADE_BY if not name.startswith("evaluate@"))
 
 # Parameters that are too long for one line.
 LONG = ("arms", "corpus", "architecture", "styles", "overrides")
@@ -63,6 +49,25 @@ class Manifest(BaseModel):
     params: dict[str, Any]
     inputs: dict[str, str]
     outputs: dict[str, str]
+
+
+def made_by() -> dict[str, Path]:
+    """The output beside which each stage's manifest lies; the last stage comes first."""
+    policies = reversed(load_params().policy_names)
+    evaluated = {f"evaluate@{policy}": PLATINUM_EVAL / f"{policy}.jsonl" for policy in policies}
+    return evaluated | trained_by(LAST_ROUND)
+
+
+def trained_by(policy: str) -> dict[str, Path]:
+    """The same for the stages behind the adapter of SFT or of a round."""
+    found: dict[str, Path] = {}
+    chain = load_params().chain
+    while policy in chain:
+        own = RoundPaths(policy)
+        found |= {f"dpo@{policy}": own.adapter, f"preference@{policy}": own.pairs}
+        found |= {f"coherence@{policy}": own.scored, f"rollout@{policy}": own.rollouts}
+        policy = chain[policy]
+    return found | {"sft": SFT_ADAPTER, "base": BASE, "prepare": PROBLEMS}
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class History:
     """
 
     def __init__(self) -> None:
+        self.made_by = made_by()
         self._lock = read_lock()
         self._hashes: dict[tuple[str, str], str | None] = {}
         self._manifests: dict[str, Manifest | None] = {}
@@ -122,7 +128,7 @@ class History:
 
     def step(self, stage: str) -> Step | None:
         """One stage, checked; None when neither a manifest nor dvc.lock has it."""
-        output, locked, manifest = MADE_BY[stage], self._lock.get(stage, {}), self.manifest(stage)
+        output, locked, manifest = self.made_by[stage], self._lock.get(stage, {}), self.manifest(stage)
         files: dict[str, dict[str, Any]] = locked.get("params", {})
         profile = next((Path(name).stem for name in files if name.startswith("profiles/")), None)
         if manifest:
@@ -140,7 +146,7 @@ class History:
                 for path, recorded in self._locked(stage, "deps").items()
                 if path.startswith(("data/", "checkpoints/"))
             }
-            params = {key: value for values in files.values() for key, value in values.items()}
+            params = _nested({key: value for values in files.values() for key, value in values.items()})
             step = Step(stage, LOCK.name, output, wrote.get(output.as_posix()), profile, params)
         else:
             return None
@@ -151,7 +157,7 @@ class History:
     def manifest(self, stage: str) -> Manifest | None:
         """The manifest of a stage, if it is here."""
         if stage not in self._manifests:
-            path = manifest_path(MADE_BY[stage])
+            path = manifest_path(self.made_by[stage])
             try:
                 found = Manifest.model_validate(read_json(path)) if path.is_file() else None
             except ValidationError as error:
@@ -192,7 +198,7 @@ class History:
         state = self._state(path, recorded)
         if state != UNCHECKED:
             return state
-        makers = filter(None, map(self.manifest, MADE_BY))
+        makers = filter(None, map(self.manifest, self.made_by))
         written = next((one.outputs[path] for one in makers if path in one.outputs), None)
         if written is None or recorded.startswith("md5:"):
             recorded = self._locked(stage, "deps").get(path, "")
@@ -210,12 +216,32 @@ def broken(steps: Sequence[Step]) -> list[Link]:
 
 
 def settings(stage: str, params: dict[str, Any]) -> Iterator[str]:
-    """A stage's own short parameters as "name value", and the seed if it read one."""
-    kind = stage.partition("@")[0]
-    own = params.get(SECTION.get(kind, kind))
-    yield from _flat(own if isinstance(own, dict) else {})
+    """A stage's own short parameters as "name value", those of its round included, and the seed if it read one."""
+    kind, _, variant = stage.partition("@")
+    yield from _flat(section_of(params, SECTION.get(kind, kind), variant))
     if "seed" in params:
         yield f"seed {params['seed']}"
+
+
+def section_of(params: Any, section: str, round_name: str) -> dict[str, Any]:
+    """A section among recorded parameters, with what the round has of its own; empty where it is none."""
+    found = [params.get(section), params]
+    for key in ("rounds", round_name, section):
+        found[1] = found[1].get(key) if isinstance(found[1], dict) else None
+    shared, own = (one if isinstance(one, dict) else {} for one in found)
+    return overlay(shared, own)
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """dvc.lock's dotted keys as sections: {"regime_w.vote": "reach"} -> {"regime_w": {"vote": "reach"}}."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *above, key = name.split(".")
+        target = nested
+        for part in above:
+            target = target.setdefault(part, {})
+        target[key] = value
+    return nested
 
 
 def _flat(values: dict[str, Any], above: str = "") -> Iterator[str]:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML, YAMLError
 
 from stages.run.errors import UserError
-from stages.run.paths import PARAMS, PROFILES
+from stages.run.paths import BASE, PARAMS, PROFILES
+from stages.run.rounds import adapter_of, chain, policies_of
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -27,7 +28,11 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 Changed = Literal[
     "one", "all", "none"
 ]  # twins of a Platinum question: one, one for each of its numbers, none
+RoundName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Revision = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]  # a full commit hash, so that it cannot move
+TestName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,15}$")
+]  # begins ids, heads a table's row
 
 
 class Section(BaseModel):
@@ -106,13 +111,23 @@ class Own(Section):
 
     train: str
     platinum: str
+    tests: str
     model: str
 
 
 class Headline(Section):
     """Which policy's metrics are copied to metrics/headline.json."""
 
-    policy: Literal["base", "sft", "dpo"]
+    policy: str
+
+
+class Round(Section):
+    """A round of rollouts, pairs and DPO: the adapter it starts from, and what it has of its own in three sections."""
+
+    start: str
+    rollout: dict[str, Any]
+    preference: dict[str, Any]
+    dpo: dict[str, Any]
 
 
 # ---- profiles/<profile>.yaml -------------------------------------------------------------------------
@@ -187,17 +202,6 @@ class DirectoryModel(Section):
     overrides: dict[str, Any] = {}
 
 
-class GeneratedData(Section):
-    """Problems made by the generator; `wrong_labels` of the training answers are wrong on purpose."""
-
-    source: Literal["generated"]
-    train: Positive
-    valid: Positive
-    platinum: Positive
-    changed: Changed
-    wrong_labels: Share
-
-
 class HubDataset(Section):
     """One split of a dataset on the hub."""
 
@@ -207,17 +211,84 @@ class HubDataset(Section):
     revision: Revision
 
 
-class HubData(Section):
+class Columns(Section):
+    """Where a test set has its questions and golds.
+
+    Several question columns are joined by a space. `skip` is what stands for the gold of questions that have none.
+    """
+
+    question: str | Annotated[list[str], Field(min_length=1)] = "question"
+    answer: str = "answer"
+    skip: str | None = None
+
+
+class HubTest(HubDataset, Columns):
+    """A test set on the hub."""
+
+    source: Literal["hub"]
+
+
+class FileTest(Columns):
+    """A test set in a file; `path` is `file` in the folder `own.tests` of params.yaml."""
+
+    source: Literal["file"]
+    file: str
+    path: str
+
+
+class GeneratedTest(Section):
+    """Problems made by the generator whose stories start with a number of this range; elsewhere it is 5 to 30."""
+
+    source: Literal["generated"]
+    start: Annotated[list[Annotated[int, Field(ge=5, le=60)]], Field(min_length=2, max_length=2)]
+    questions: Positive
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.start[0] > self.start[1]:
+            raise ValueError(
+                f"start: the range begins at {self.start[0]} and ends below it, at {self.start[1]}"
+            )
+        return self
+
+
+Test = Annotated[HubTest | FileTest | GeneratedTest, Field(discriminator="source")]
+
+
+class Data(Section):
+    """What every kind of data has."""
+
+    changed: Changed
+    tests: dict[TestName, Test] = {}  # the test sets beside Platinum
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        for name in ("train", "valid", "platinum", "changed"):
+            if name in self.tests:
+                raise ValueError(f"tests.{name}: data/gsm8k/{name}.jsonl has this name; choose another one")
+        return self
+
+
+class GeneratedData(Data):
+    """Problems made by the generator; `wrong_labels` of the training answers are wrong on purpose."""
+
+    source: Literal["generated"]
+    train: Positive
+    valid: Positive
+    platinum: Positive
+    wrong_labels: Share
+
+
+class HubData(Data):
     """Train and Platinum from the hub; validation is taken out of train."""
 
     source: Literal["hub"]
     train: HubDataset
     platinum: HubDataset
-    changed: Changed
     valid: Positive
 
 
-class FilesData(Section):
+class FilesData(Data):
     """Train and Platinum from files (`question`, `answer`), `own.train` and `own.platinum` in params.yaml.
 
     Validation is taken out of train.
@@ -226,7 +297,6 @@ class FilesData(Section):
     source: Literal["files"]
     train: str
     platinum: str
-    changed: Changed
     valid: Positive
 
 
@@ -271,7 +341,32 @@ class Lora(Section):
     dropout: Share
 
 
-class Sft(Section):
+class Select(Section):
+    """How often a policy in training answers how many validation questions, and when the best step is believed."""
+
+    steps: Positive
+    questions: Positive
+    samples: Count
+    max_new_tokens: Positive
+    level: Annotated[float, Field(gt=0, le=1)]
+
+
+class Looking(Section):
+    """A training whose steps are scored on validation."""
+
+    checkpoint_steps: Positive
+    select: Select
+
+    @model_validator(mode="after")
+    def _looks_at_checkpoints(self) -> Self:
+        if self.select.steps % self.checkpoint_steps:
+            raise ValueError(
+                "select.steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"
+            )
+        return self
+
+
+class Sft(Looking):
     """Supervised fine-tuning. `batch` is global, over all devices."""
 
     examples: Positive | None
@@ -281,7 +376,6 @@ class Sft(Section):
     learning_rate: Rate
     warmup_ratio: Share
     max_tokens: Positive
-    checkpoint_steps: Positive
     lora: Lora
 
 
@@ -317,10 +411,14 @@ class Rollout(Section):
         return self
 
 
-class Dpo(Section):
-    """Direct preference optimisation. `batch` is global, over all devices."""
+class Dpo(Looking):
+    """Direct preference optimisation. `batch` is global, over all devices.
+
+    `reference`: the frozen policy that DPO measures against, the one that the round starts from or SFT.
+    """
 
     beta: Rate
+    reference: Literal["round", "sft"]
     loss_type: list[Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]]
     loss_weights: list[NonNegative]
     epochs: Positive
@@ -328,11 +426,6 @@ class Dpo(Section):
     learning_rate: Rate
     warmup_ratio: Share
     max_tokens: Positive
-    checkpoint_steps: Positive
-    select_steps: Positive
-    select_questions: Positive
-    select_samples: Count
-    select_max_new_tokens: Positive
 
     @model_validator(mode="after")
     def _weights_match(self) -> Self:
@@ -342,10 +435,6 @@ class Dpo(Section):
             raise ValueError("loss_type: names a loss twice")
         if not any(self.loss_weights):
             raise ValueError("loss_weights: at least one must be above 0, or nothing is learned")
-        if self.select_steps % self.checkpoint_steps:
-            raise ValueError(
-                "select_steps: must be a multiple of checkpoint_steps, so that a resumed run selects alike"
-            )
         return self
 
 
@@ -382,6 +471,8 @@ class Params(Section):
     preference: Preference
     headline: Headline
     own: Own
+    rounds: dict[RoundName, Round]
+    policies: dict[str, str]
     model: Annotated[ShippedModel | BuiltModel | HubModel | DirectoryModel, Field(discriminator="source")]
     data: Annotated[GeneratedData | HubData | FilesData, Field(discriminator="source")]
     prompt: Prompt
@@ -392,20 +483,86 @@ class Params(Section):
     hardware: Hardware
 
     @model_validator(mode="after")
-    def _styles_exist(self) -> Self:
-        known = self.prompt.styles
-        wanted = [(f"rollout.arms.{name}.style", arm.style) for name, arm in self.rollout.arms.items()]
-        wanted += [("sft.styles", style) for style in self.sft.styles]
-        for key, style in wanted:
-            if style not in known:
-                raise ValueError(f"{key}: style '{style}' is not in prompt.styles ({', '.join(known)})")
-        for name, arm in self.rollout.arms.items():
-            if arm.system and not self.prompt.chat:
-                raise ValueError(f"rollout.arms.{name}.system: a system line needs prompt.chat: true")
+    def _rounds_are_a_chain(self) -> Self:
+        wanted = {name: (adapter_of(name) or BASE / "manifest.json").as_posix() for name in self.policy_names}
+        for name in [*wanted, *self.policies]:
+            if name not in wanted:
+                raise ValueError(
+                    f"policies.{name}: is neither base nor sft nor one of the rounds; take it out"
+                )
+            if self.policies.get(name) != wanted[name]:
+                found = f" (found '{self.policies[name]}')" if name in self.policies else ""
+                raise ValueError(f"policies.{name}: must be {wanted[name]}, as rounds go{found}")
+        if self.headline.policy not in wanted:
+            raise ValueError(
+                f"headline.policy: choose one of {', '.join(wanted)} (found '{self.headline.policy}')"
+            )
         return self
 
+    @model_validator(mode="after")
+    def _rounds_fit_their_sections(self) -> Self:
+        for name in self.rounds:
+            for section in ("rollout", "preference", "dpo"):
+                self.section_of(section, name)
+        return self
 
-RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline", "own")
+    @model_validator(mode="after")
+    def _styles_exist(self) -> Self:
+        known = self.prompt.styles
+        for style in self.sft.styles:
+            if style not in known:
+                raise ValueError(f"sft.styles: style '{style}' is not in prompt.styles ({', '.join(known)})")
+        own = {f"rounds.{name}.rollout": self.section_of("rollout", name) for name in self.rounds}
+        for place, rollout in ({"rollout": self.rollout} | own).items():
+            for name, arm in rollout.arms.items():
+                if arm.style not in known:
+                    words = f"style '{arm.style}' is not in prompt.styles ({', '.join(known)})"
+                    raise ValueError(f"{place}.arms.{name}.style: {words}")
+                if arm.system and not self.prompt.chat:
+                    raise ValueError(f"{place}.arms.{name}.system: a system line needs prompt.chat: true")
+        return self
+
+    @property
+    def chain(self) -> dict[str, str]:
+        """Each round with the policy that it starts from, the first round first."""
+        return chain(self.starts)
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """Each round with the adapter that it starts from, as params.yaml has it."""
+        return {name: one.start for name, one in self.rounds.items()}
+
+    @property
+    def policy_names(self) -> tuple[str, ...]:
+        """All policies, in the order of the pipeline."""
+        return policies_of(self.starts)
+
+    def section_of(self, section: str, round_name: str) -> Any:
+        """A section as one round has it: its own values over those of all rounds.
+
+        Raises ValueError, with the key in front, for a value of its own that does not fit.
+        """
+        shared, own = getattr(self, section), getattr(self.rounds[round_name], section)
+        if not own:
+            return shared
+        try:
+            return type(shared).model_validate(overlay(shared.model_dump(exclude_unset=True), own))
+        except ValidationError as error:
+            path, message = _explain(error.errors()[0])
+            raise ValueError(
+                f"{'.'.join(('rounds', round_name, section, *map(str, path)))}: {message}"
+            ) from None
+
+
+def overlay(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`shared` with the values of `own` over it, level by level. A list is one value."""
+    both = (
+        key for key, value in own.items() if isinstance(value, dict) and isinstance(shared.get(key), dict)
+    )
+    return {**shared, **own, **{key: overlay(shared[key], own[key]) for key in both}}
+
+
+RUN_SECTIONS = ("profile", "seed", "regime_w", "preference", "headline", "own", "rounds", "policies")
 # What a profile leaves to params.yaml: section and source in the profile, the section's key, the key in `own`.
 OWN = (
     ("data", "files", "train", "train"),
@@ -418,27 +575,41 @@ class Sections:
     """The declared sections of the parameters, as attributes; any other name is a programming error.
 
     `regime_w.vote` declares one key of a section: the section can be read, and only the key is recorded.
+    `rounds.${key}.dpo`, as in dvc.yaml, declares what one round has of its own in the section `dpo`: the section is
+    then read as that round has it, and both are recorded.
     """
 
-    def __init__(self, params: Params, names: tuple[str, ...]) -> None:
-        self._params = params
-        self.declared = names
+    def __init__(self, params: Params, names: tuple[str, ...], round_name: str = "") -> None:
+        self._params, self._round = params, round_name
+        self.declared = tuple(name.replace("${key}", round_name) for name in names)
 
     def __getattr__(self, name: str) -> Any:
         if name not in (*(section.partition(".")[0] for section in self.declared), "hardware", "profile"):
             raise AttributeError(f"section '{name}' was not declared by this stage")
+        if f"rounds.{self._round}.{name}" in self.declared:
+            return self._params.section_of(name, self._round)
         return getattr(self._params, name)
+
+    @property
+    def later(self) -> str:
+        """The name of the round, if another one came before it. The first round's choices do not depend on its name."""
+        return "" if self._round == next(iter(self._params.chain)) else self._round
+
+    def so_far(self, section: str) -> list[Any]:
+        """A section as each round of the chain has it, up to this one."""
+        names = list(self._params.chain)
+        return [self._params.section_of(section, one) for one in names[: names.index(self._round) + 1]]
 
     def read(self) -> dict[str, Any]:
         """The declared values that may change results, as plain data for manifest and fingerprint."""
         data = self._params.model_dump(mode="json")
         values: dict[str, Any] = {}
         for name in self.declared:
-            section, _, key = name.partition(".")
-            if key:
-                values.setdefault(section, {})[key] = data[section][key]
-            else:
-                values[section] = data[section]
+            *above, key = name.split(".")
+            source, target = data, values
+            for part in above:
+                source, target = source[part], target.setdefault(part, {})
+            target[key] = source[key]
         return values
 
 
@@ -467,6 +638,7 @@ def load_params(root: Path = Path()) -> Params:
             words = f"name it in {PARAMS}, as own.{name}, so that DVC sees when it changes"
             raise model.error((section, key), f"{section}.{key}: {words}")
         values[key] = own.get(name) if isinstance(own, dict) else None  # None: `own` itself is refused below
+    _place_tests(model, own)
     try:
         return Params.model_validate(run.values | model.values)
     except ValidationError as error:
@@ -476,19 +648,51 @@ def load_params(root: Path = Path()) -> Params:
         raise file.error(path, f"{'.'.join(map(str, path))}: {message}{others}") from None
 
 
+def _place_tests(model: _File, own: Any) -> None:
+    """Give each of the profile's test sets that is a file its path. Raises UserError for one outside `own.tests`."""
+    data = model.values.get("data")
+    tests = data.get("tests") if isinstance(data, dict) else None
+    for name, test in tests.items() if isinstance(tests, dict) else ():
+        file = test.get("file") if isinstance(test, dict) and test.get("source") == "file" else None
+        if not isinstance(file, str) or not isinstance(own, dict) or not isinstance(own.get("tests"), str):
+            continue  # refused elsewhere
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            words = (
+                f"must lie in the folder that own.tests names in {PARAMS}, so that DVC sees when it changes"
+            )
+            raise model.error(("data", "tests", name, "file"), f"data.tests.{name}.file: {words}")
+        test["path"] = (Path(own["tests"]) / file).as_posix()
+
+
 def _explain(error: Any) -> tuple[tuple[Any, ...], str]:
     """The path of the key to change, and what is wrong with it, from one of pydantic's errors."""
     path, kind = error["loc"], error["type"]
     if path[:1] in (("model",), ("data",)):
         path = path[:1] + path[2:]  # pydantic puts the chosen `source` in between
+    if path[:2] == ("data", "tests"):
+        if path[3:] == ("[key]",):
+            name = "begins with a letter or digit and has at most 14 letters, digits, - and _"
+            return path[:3], f"a test set's name {name}"
+        path = path[:3] + path[4:]
     if kind == "value_error":  # a check over several keys begins with the one to change
         named = re.match(r"([\w.-]+): (.*)", str(error["ctx"]["error"]), re.DOTALL)
         return ((*path, *named[1].split(".")), named[2]) if named else (path, str(error["ctx"]["error"]))
     if kind == "union_tag_invalid":
         found = error["ctx"]
         return (*path, "source"), f"'{found['tag']}' is unknown; choose one of {found['expected_tags']}"
+    if path[-1:] == ("[key]",):
+        wrong = (
+            "letters, digits, - and _" if kind == "string_pattern_mismatch" else "text, so put it in quotes"
+        )
+        return path[:-1], f"a name must be {wrong}"
     if kind in ("missing", "union_tag_not_found"):
         return ((*path, "source") if kind != "missing" else path), "is missing"
+    if kind == "string_pattern_mismatch":  # a Revision, the only text with a pattern
+        found = f"{error['input']!r:.80}"
+        return (
+            path,
+            f"must be a commit's whole hash, 40 digits from 0 to f, because a branch moves (found {found})",
+        )
     if kind == "extra_forbidden":
         return path, "unknown key; check its spelling"
     return path, f"{error['msg'][:1].lower()}{error['msg'][1:]} (found {error['input']!r:.80})"

@@ -9,6 +9,7 @@ import ctypes
 import os
 import sys
 import warnings
+from pathlib import Path
 
 OFFLINE = "HF_HUB_OFFLINE"  # transformers and datasets follow it too
 SILENT = {
@@ -29,6 +30,8 @@ DEFAULTS = {
     # MKL's sums do not depend on where in memory the numbers lie, so a second run gives the same bytes.
     "MKL_CBWR": "AUTO",
 }
+CPU_INFO = Path("/proc/cpuinfo")
+BF16_FLAGS = {"amx_bf16", "avx512_bf16"}  # the instructions that multiply bf16 matrices, as Linux names them
 # CUDA memory comes in segments that grow, so that batches of ever new sizes leave no useless gaps between them. torch
 # reads the first of these names that is set (c10/cuda/CUDAAllocatorConfig.h).
 ALLOCATOR, ALLOCATORS = "expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -71,6 +74,17 @@ def fix_arithmetic(threads: int | None, seed: int) -> None:
     )
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(seed)
+
+
+def computes_bf16() -> bool:
+    """Whether this processor has instructions for bf16. Without them it takes far longer than in 32 bits.
+
+    Read from the kernel's list, so that `check` need not import torch; a system without that list has none.
+    """
+    try:
+        return not BF16_FLAGS.isdisjoint(CPU_INFO.read_text(encoding="utf-8").split())
+    except OSError:
+        return False
 
 
 def _keep_freed_memory() -> None:

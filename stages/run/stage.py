@@ -55,6 +55,11 @@ class StageRun:
     facts: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
+    @property
+    def variant(self) -> str:
+        """What distinguishes this run of the stage: its round, or the policy that it evaluates."""
+        return self.name.partition("@")[2]
+
     def finish(self, message: str) -> None:
         """Print the line of the finished stage: what it did, how long it took, how long the rest may take."""
         times = [words(time.time() - self.started), time_left(self.name)]
@@ -121,7 +126,7 @@ def stage_run(
     outputs: Sequence[Path],
     variant: str = "",
 ) -> Iterator[StageRun]:
-    """Frame one stage's work. `variant` distinguishes runs of one stage (the policy that evaluate is given).
+    """Frame one stage's work. `variant` distinguishes runs of one stage: the round, or the policy.
 
     When the block ends, all `outputs` must be there; their manifest is written then. Raises UserError when an input is
     missing, a parameter is wrong, an output cannot be written, or the same stage is already running.
@@ -131,7 +136,7 @@ def stage_run(
     end_with_parent()
     leave_on_sigterm()
     label = f"{name}@{variant}" if variant else name
-    params = Sections(load_params(), sections)
+    params = Sections(load_params(), sections, variant)
     inputs_seen = {path.as_posix(): _fingerprint_input(path) for path in inputs}
     identity = {"stage": label, "params": params.read(), "inputs": inputs_seen}
     code = [[path.as_posix(), sha256_file(ROOT / path)] for path in code_files(name)]

@@ -309,7 +309,10 @@ def samples_in(metrics: Mapping[str, Any]) -> int:
 
 
 def health_warnings(metrics: Mapping[str, Any], name: str) -> list[str]:
-    """What is wrong with a policy's generations, in words; empty when few of them leak or are truncated."""
+    """What is wrong with a policy's generations, in words; empty when few of them leak or are truncated.
+
+    Those of the other test sets count by themselves.
+    """
     checks = (
         (
             "leak",
@@ -318,8 +321,10 @@ def health_warnings(metrics: Mapping[str, Any], name: str) -> list[str]:
         ),
         ("truncated", TRUNCATED_LIMIT, "were cut at the token limit: raise evaluate.max_new_tokens"),
     )
+    asked = {"": metrics, **{f" on {test}": values for test, values in metrics.get("tests", {}).items()}}
     return [
-        f"{name}: {metrics[key]:.1%} of the completions {words} (limit {limit:.0%})"
+        f"{name}{where}: {values[key]:.1%} of the completions {words} (limit {limit:.0%})"
+        for where, values in asked.items()
         for key, limit, words in checks
-        if metrics.get(key, 0) > limit
+        if values.get(key, 0) > limit
     ]

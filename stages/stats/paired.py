@@ -14,57 +14,14 @@ from numpy.typing import NDArray
 from stages.run.errors import UserError
 from stages.stats.changed import questions_right, twins_right
 from stages.stats.one import Row, bootstrap_interval, count_right, interval_keys, one_size, samples_of
+from stages.stats.p_value import mcnemar_p, p_words, sign_flip_p
+from stages.stats.testsets import by_test
 
 ALPHA = 0.05
 POWER = 0.8
 SHARES = 720_720  # divides by every number up to 16
-CHANGED_KEYS = ("difference", "difference_low", "difference_high", "p", "smallest_visible", "verdict")
+STEP_KEYS = ("difference", "difference_low", "difference_high", "p", "smallest_visible", "verdict")
 SAME = "no difference can be seen: every question scored the same"
-
-
-def mcnemar_p(gained: int, lost: int) -> float:
-    """Exact two-sided McNemar p (McNemar 1947): how often a fair coin falls as unevenly, in exact integers."""
-    thrown = gained + lost
-    term = tail = 1
-    for i in range(min(gained, lost)):
-        term = term * (thrown - i) // (i + 1)
-        tail += term
-    return min(1.0, 2 * tail / 2**thrown)
-
-
-def sign_flip_p(
-    differences: Sequence[int] | NDArray[np.int64], seed: int = 0, resamples: int = 100_000
-) -> float:
-    """Two-sided p of the paired sign-flip permutation test. There is one whole-number difference for each question.
-
-    If neither policy is better, each question's difference could as well have had the other sign (Fisher 1935). p is
-    the share of all choices of signs whose sum is at least as far from 0 as the sum seen. The null distribution is
-    built exactly, value by value. Where that would take more than about a second, `resamples` sums are drawn instead,
-    and p is (1 + hits) / (1 + resamples).
-    """
-    data = np.abs(np.asarray(differences, dtype=np.int64))
-    seen = abs(int(np.sum(np.asarray(differences, dtype=np.int64))))
-    values, counts = np.unique(data[data > 0], return_counts=True)
-    total = int((values * counts).sum())
-    if total == 0:
-        return 1.0
-    if total * int(counts.sum()) > 500_000_000:
-        rng = np.random.default_rng(seed)
-        sums = np.zeros(resamples, dtype=np.int64)
-        for value, count in zip(values, counts, strict=True):
-            sums += value * (2 * rng.binomial(count, 0.5, size=resamples) - count)
-        return float((1 + np.count_nonzero(np.abs(sums) >= seen)) / (1 + resamples))
-    # probability[s] of the sum of the values kept positive being s; the signed sum is 2 s - total.
-    probability = np.ones(1)
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        wider = np.zeros(probability.size + value * count)
-        ways = 1
-        for kept in range(count + 1):
-            wider[kept * value : kept * value + probability.size] += probability * (ways / 2**count)
-            ways = ways * (count - kept) // (kept + 1)
-        probability = wider
-    signed = np.abs(2 * np.arange(total + 1) - total)
-    return min(1.0, float(probability[signed >= seen].sum()))
 
 
 def smallest_visible_difference(
@@ -108,13 +65,6 @@ def smallest_visible_difference(
     if pairs == 0 or power_at(1.0, 1.0) < power:
         return None
     return solve(lambda d: power_at(d, d), 1.0)
-
-
-def p_words(p: float) -> str:
-    """`p = 0.0031`, `p = 0.80`, `p < 0.0001`: two significant digits."""
-    if p < 0.0001:
-        return "p < 0.0001"
-    return f"p = {p:.2f}" if p >= 0.1 else f"p = {p:.2g}"
 
 
 def conclusion(difference: float, p: float, visible: float | None, name_a: str, name_b: str) -> str:
@@ -279,5 +229,33 @@ def compare_changed(
             )
         else:
             compared = paired_rates(before, after, names, seed)
-        out[name] = {"questions": len(pairs), **{key: compared[key] for key in CHANGED_KEYS}}
+        out[name] = {"questions": len(pairs), **{key: compared[key] for key in STEP_KEYS}}
     return out
+
+
+def compare_tests(
+    a_rows: Sequence[Row], b_rows: Sequence[Row], names: tuple[str, str], seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """The paired comparison of two policies, b minus a, on each test set that both answered; nothing without one.
+
+    `{"tests": {"svamp": {...}}}`; `p` is that of the exact McNemar test.
+    """
+    first, second = by_test(a_rows), by_test(b_rows)
+    keys = ("questions", "accuracy_a", "accuracy_b", "gained", "lost", *STEP_KEYS)
+    found = {name: compare(first[name], rows, *names, seed) for name, rows in second.items() if name in first}
+    return {"tests": {name: {key: one[key] for key in keys} for name, one in found.items()}} if found else {}
+
+
+def compare_votes(
+    a_rows: Sequence[Row], b_rows: Sequence[Row], names: tuple[str, str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """The paired comparison of two policies, b minus a, by coherent@k; nothing without questions that both voted on.
+
+    `{"coherent": {...}}`; a row is one of `data/votes/<policy>.jsonl`, and `p` is that of the sign-flip test.
+    """
+    before = {row["id"]: row["coherent"] for row in a_rows}
+    pairs = [(before[row["id"]], row["coherent"]) for row in b_rows if row["id"] in before]
+    if not pairs:
+        return {}
+    compared = paired_rates([a for a, _ in pairs], [b for _, b in pairs], names, seed)
+    return {"coherent": {"questions": len(pairs), **compared}}

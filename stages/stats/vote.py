@@ -63,6 +63,10 @@ class VoteSummary:
             total += elected(votes, shuffled)
         return total / SHUFFLES
 
+    def last(self) -> dict[str, float]:
+        """How right the majority and the rule that counts were on the question added last: 1, 0, or 1/m in a tie."""
+        return {"majority": self.majority[-1], "coherent": self.rules[self.rule][-1]}
+
     def metrics(self) -> dict[str, Any]:
         """The accuracies with their intervals, and each rule paired with the majority; nothing rounded.
 

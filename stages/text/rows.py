@@ -6,6 +6,7 @@ words("What is 1,000 − 5½?")      [what, is, 1, 000, 5, 1, 2]    an overlap i
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,9 +42,19 @@ _TERM = regex.compile(
 )
 
 
-def checked_row(identity: str, question: object, answer: object, where: str) -> Row:
-    """A row with its gold read. Raises UserError, beginning with `where`, when question or answer is not usable."""
-    for name, value in zip(FIELDS, (question, answer), strict=True):
+def checked_row(
+    identity: str,
+    question: object,
+    answer: object,
+    where: str,
+    names: Sequence[str] = FIELDS,
+    bare: bool = False,
+) -> Row:
+    """A row with its gold read, which may be a `bare` number where only the answer counts.
+
+    Raises UserError, beginning with `where` and naming the field, when question or answer is not usable.
+    """
+    for name, value in zip(names, (question, answer), strict=True):
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{where}: field '{name}' is empty or not text ({value!r:.60})")
         if not value.isascii() and regex.search("[\ud800-\udfff]", value):
@@ -51,11 +62,12 @@ def checked_row(identity: str, question: object, answer: object, where: str) -> 
                 f"{where}: field '{name}' holds half a character (a lone surrogate); repair the text"
             )
     _, mark, behind = str(answer).rpartition("####")
-    gold = gold_answer(str(answer)) if mark else None
+    gold = gold_answer(str(answer)) if mark or bare else None
     if gold is None:
         found = f"{behind.strip()[:60]!r} behind the last '####'" if mark else repr(behind.strip()[-40:])
         raise UserError(
-            f"{where}: field 'answer' must end in '#### ' and a number with at most a unit, found {found}; "
+            f"{where}: field '{names[1]}' must {'be a number, or ' if bare else ''}end in '#### ' and a number with "
+            f"at most a unit, found {found}; "
             "correct or remove this row"
         )
     return {"id": identity, "question": question, "solution": answer, "gold": gold}
@@ -133,3 +145,15 @@ def apart(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     far = {row["id"] for row in Cleaner(Overlap(rows)).clean(others)}
     near = Overlap(row for row in others if row["id"] not in far)
     return list(Cleaner(near).clean(rows))
+
+
+def pick_validation(rows: Iterable[Row], count: int, seed: int) -> set[str]:
+    """The ids of `count` rows for validation: those with the smallest hash of (seed, id).
+
+    A row's hash does not depend on other rows. When k rows come or go, at most k of the chosen ones change.
+    """
+
+    def rank(identity: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{identity}".encode()).digest()
+
+    return set(sorted((row["id"] for row in rows), key=rank)[:count])

@@ -285,11 +285,15 @@ def _pick(ways: dict[Way, float], rng: random.Random) -> Way:
     return rng.choices(list(ways), list(ways.values()))[0]
 
 
-def draw(rng: random.Random) -> Problem:
-    """One random problem of two to four steps, in which every count is a positive whole number."""
+def draw(rng: random.Random, between: Sequence[int] = ()) -> Problem:
+    """One random problem of two to four steps, in which every count is a positive whole number.
+
+    With `between`, the story starts with one number in this range.
+    """
     while True:
-        product = rng.random() < 0.5
-        start = (rng.randint(2, 9), rng.randint(2, 6)) if product else (rng.randint(5, 30),)
+        product = not between and rng.random() < 0.5
+        single = between or (5, 30)
+        start = (rng.randint(2, 9), rng.randint(2, 6)) if product else (rng.randint(*single),)
         events = [(verb, rng.randint(2, 9)) for verb in rng.sample(VERBS, rng.choice((1, 2, 2)))]
         if rng.random() < 0.3:
             events[rng.randrange(len(events))] = (HALF, 2)
@@ -326,12 +330,12 @@ def _others(problem: Problem, rng: random.Random) -> int:
     return rng.randint(2, 30)
 
 
-def problems(split: Split, seed: int) -> Iterator[Problem]:
-    """An endless stream of distinct problems of one split."""
+def problems(split: Split, seed: int, between: Sequence[int] = ()) -> Iterator[Problem]:
+    """An endless stream of distinct problems of one split; `between` as in `draw`."""
     rng = random.Random(f"{seed}/{split}")
     seen: set[str] = set()
     while True:
-        problem = draw(rng)
+        problem = draw(rng, between)
         if problem.split == split and problem.key not in seen:
             seen.add(problem.key)
             yield problem

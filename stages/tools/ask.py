@@ -11,13 +11,14 @@ from typing import Any
 
 from stages.run.errors import UserError
 from stages.run.params import load_params
-from stages.run.paths import ADAPTERS, BASE
+from stages.run.paths import BASE, LAST_ROUND
+from stages.run.rounds import adapter_of
 from stages.text.answers import Reading, read_answer
 
 
 def main(
     question: str,
-    policy: str = "dpo",
+    policy: str = LAST_ROUND,
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int | None = None,
@@ -54,7 +55,7 @@ def main(
     from stages.text.prompts import prompt_ids
 
     fix_arithmetic(params.hardware.threads, seed)
-    model, tokenizer = load_policy(ADAPTERS[policy])
+    model, tokenizer = load_policy(adapter_of(policy))
     ends = end_ids(tokenizer, model.generation_config)
     limit = max_new_tokens or params.evaluate.max_new_tokens
     # The model's own config may also declare penalties or top_k, which the evaluation does not use.
@@ -81,7 +82,7 @@ def main(
 
 def check_checkpoints(policy: str) -> None:
     """Raises UserError when the policy's checkpoints are not here."""
-    for folder, file in ((BASE, "config.json"), (ADAPTERS[policy], "adapter_config.json")):
+    for folder, file in ((BASE, "config.json"), (adapter_of(policy), "adapter_config.json")):
         if folder is not None and not (folder / file).is_file():
             raise UserError(f"{folder}: is missing; run `dvc repro` to train it, or `dvc pull` to fetch it")
 

@@ -13,8 +13,8 @@ from stages.policy.adapter import load_tokenizer
 from stages.policy.request import Request, request_seed
 from stages.regime_w.voting import Voter
 from stages.run.params import load_params
-from stages.run.paths import ADAPTERS
 from stages.run.process import fix_arithmetic
+from stages.run.rounds import adapter_of
 from stages.text.answers import read_answer
 from stages.text.prompts import prompt_ids
 from stages.tools.show import new_console, new_table, printable
@@ -40,7 +40,7 @@ def ask_samples(
         Request(str(k), prompt, limit, temperature, spec.top_p, request_seed(seed, "ask", question, str(k)))
         for k in range(samples)
     ]
-    drawn = {one.id: one for one in load_engine(ADAPTERS[policy], params.hardware).generate(requests)}
+    drawn = {one.id: one for one in load_engine(adapter_of(policy), params.hardware).generate(requests)}
     rows: list[dict[str, Any]] = []
     for one in (drawn[request.id] for request in requests):
         text = params.prompt.opening + tokenizer.decode(one.tokens, skip_special_tokens=True)

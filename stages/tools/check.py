@@ -11,7 +11,9 @@ import os
 import shutil
 import symtable
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import takewhile
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,8 @@ from stages.run.params import (
     DirectoryModel,
     Dpo,
     FilesData,
+    FileTest,
+    GeneratedData,
     HubModel,
     Params,
     Sft,
@@ -37,7 +41,9 @@ from stages.run.params import (
     load_params,
 )
 from stages.run.paths import BASE, SHIPPED, TRAIN, WORK
+from stages.run.process import computes_bf16
 from stages.run.stage import MANIFEST
+from stages.stats.looks import questions_needed, visible_difference
 from stages.text.prompts import completion_text, filled_template, prompt_messages, prompt_text
 from stages.tools.model_check import find_model, long_questions
 from stages.tools.show import EXAMPLE, new_console, new_table, raise_first
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
 
 NVIDIA, WINDOWS = Path("/dev/nvidiactl"), Path("/dev/dxg")  # one is there when a GPU has its driver
 GB = 10**9
+CHANGING = (0.15, 0.3)  # assumed share of validation questions whose verdict differs between two steps
 SCORER_FUNCTION = "score_group"
 SOLUTION = "There are <<3*4=12>>12 apples.\nAfter eating 2 there are <<12-2=10>>10.\n#### 10"
 
@@ -76,6 +83,7 @@ def main(gpu_memory: float | None = None) -> None:
     raise_first([f"{name}: {problem}" for name, problem in checks if problem])
 
     problems = _print_needs(console, params, gpu_memory, found)
+    _print_looks(console, params)
     shipped = SHIPPED if isinstance(params.model, ShippedModel) else None
     for line in long_questions(params, found, BASE if _base_is_made(params) else shipped):
         console.print(Text(line, "red"), soft_wrap=True)
@@ -103,6 +111,12 @@ def _files(params: Params) -> Iterator[tuple[str, str]]:
         for name in ("train", "platinum"):
             path = Path(getattr(params.data, name))
             yield f"own.{name} {path}", "" if path.is_file() else "there is no such file"
+    for name, test in params.data.tests.items():
+        if isinstance(test, FileTest):
+            yield (
+                f"data.tests.{name} {test.path}",
+                "" if Path(test.path).is_file() else "there is no such file",
+            )
 
 
 def _model(
@@ -235,9 +249,12 @@ def find_shape(params: Params, found: Found | None = None) -> Shape | None:
 
 def estimates(params: Params, shape: Shape, device: Device, processes: int) -> Iterator[tuple[str, ...]]:
     """(stage, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
-    for name, spec in (("sft", params.sft), ("dpo", params.dpo)):
+    if not device.cuda and not computes_bf16():
+        shape = replace(shape, width=4)  # it is stored in the profile's precision, and loaded in 32 bits
+    for name, spec in {"sft": params.sft, **_of_rounds(params, "dpo")}.items():
         yield (name, *_training(params, spec, shape, device, processes))
-    lengths = {"rollout": params.rollout.max_new_tokens, "evaluate": params.evaluate.max_new_tokens}
+    lengths = {name: spec.max_new_tokens for name, spec in _of_rounds(params, "rollout").items()}
+    lengths["evaluate"] = params.evaluate.max_new_tokens
     for name, new in lengths.items():
         need = memory.generation_need(shape, params.sft.lora.r, memory.PROMPT_TOKENS, new)
         given = params.hardware.generation_batch
@@ -245,6 +262,13 @@ def estimates(params: Params, shape: Shape, device: Device, processes: int) -> I
         advice = "lower hardware.generation_batch" if rows > 1 else f"lower {name}.max_new_tokens"
         # vLLM fills all memory it is given; for it this is the least that it needs.
         yield (name, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
+
+
+def _of_rounds(params: Params, section: str) -> dict[str, Any]:
+    """A section by stage: the one of all rounds, and that of each round which has something of its own."""
+    own = {f"{section}@{name}": params.section_of(section, name) for name in params.chain}
+    shared = getattr(params, section)
+    return {section: shared} | {name: spec for name, spec in own.items() if spec != shared}
 
 
 def _training(
@@ -301,8 +325,8 @@ def needed_room(params: Params, shape: Shape, devices: list[Device]) -> Iterator
     new = 0 if _base_is_made(params) else model
     converted = sum(file.stat().st_size for file in (WORK / "base").rglob("*") if file.is_file())
     cache, linked = _dvc_cache()
-    # Two adapters, and DVC's copies. While DPO saves, three checkpoints: with the reference and Adam's two averages.
-    training = (2 * 2 + 3 * (2 + 2)) * adapter
+    # The adapters, and DVC's copies. While DPO saves, three checkpoints: with the reference and Adam's two averages.
+    training = ((1 + len(params.rounds)) * 2 + 3 * (2 + 2)) * adapter
     disks: dict[int, tuple[list[str], int, int]] = {}
     for what, place, bytes_ in (
         ("base model", BASE, max(0, new - converted)),
@@ -344,6 +368,53 @@ def _dvc_cache() -> tuple[Path, bool]:
     ):
         return cache, bool(test_links(kinds, localfs, there, localfs, f"{here}/file"))
     return cache, False
+
+
+# ---- What validation can show --------------------------------------------------------------------------
+
+
+def _print_looks(console: Console, params: Params) -> None:
+    """Print how many validation questions show a gain, and what as many as the profile asks can show."""
+    gains = (0.02, 0.05, 0.1)
+    shown = (f"{100 * gain:.0f} points" for gain in gains)
+    table = new_table("stage", "looks", *shown, "asked", "show")
+    for name, looks in _looks(params).items():
+        spec = getattr(params, name).select
+        asked = min(spec.questions, params.data.valid)
+        needed = [
+            "–".join(f"{questions_needed(gain, share, spec.level, looks):,}" for share in CHANGING)
+            for gain in gains
+        ]
+        seen = [visible_difference(asked, share, spec.level, looks) for share in CHANGING]
+        words = "–".join("none" if one is None else f"{100 * one:.0f}" for one in seen)
+        table.add_row(name, str(looks), *needed, f"{asked:,}", f"{words} points")
+    console.print("\nValidation questions that show a gain, so that a step is kept over step 0", style="bold")
+    low, high = (f"{100 * share:.0f}" for share in CHANGING)
+    console.print(table)
+    console.print(
+        f"With power 80 %, one-sided, at select.level divided by the looks, if {low}–{high} % of the answers change "
+        "(Connor 1987). Samples beside the greedy answer make it a little easier.",
+        soft_wrap=True,
+    )
+
+
+def _looks(params: Params) -> dict[str, int]:
+    """The looks after step 0 of each training, for dpo at most; none of what depends on files not here yet."""
+    train = params.data.train if isinstance(params.data, GeneratedData) else None
+    if TRAIN.is_file():
+        train = sum(1 for _ in read_jsonl(TRAIN))
+    kinds = (params.preference.correctness, params.preference.coherence)
+    asked = params.rollout.questions or train
+    rows = {
+        "sft": params.sft.examples or train,
+        "dpo": asked and asked * sum(kind.per_question for kind in kinds),
+    }
+    looks = {}
+    for name, count in rows.items():
+        if count:
+            spec = getattr(params, name)
+            looks[name] = ceil(ceil(count / spec.batch) * spec.epochs / spec.select.steps)
+    return looks
 
 
 # ---- Prompts -----------------------------------------------------------------------------------------
@@ -393,7 +464,7 @@ def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterato
         yield f"sft, style {style}: prompt", filled(style)
     yield "sft: completion (the end token follows)", completion
     arms: dict[tuple[str, str | None], list[str]] = {}
-    for name, arm in params.rollout.arms.items():
+    for name, arm in (one for spec in _of_rounds(params, "rollout").values() for one in spec.arms.items()):
         arms.setdefault((arm.style, arm.system or params.prompt.system), []).append(name)
     for (style, system), names in arms.items():
         yield f"rollout, style {style}: {', '.join(names)}", filled(style, system)

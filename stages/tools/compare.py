@@ -19,7 +19,8 @@ from stages.regime_w.record import same_id
 from stages.run.errors import UserError
 from stages.run.files import read_numbered_jsonl
 from stages.stats.one import BOOTSTRAP_SEED, wilson
-from stages.stats.paired import Side, compare_sides, p_words, paired_rates
+from stages.stats.p_value import p_words
+from stages.stats.paired import Side, compare_sides, paired_rates
 from stages.tools.fields import find, question_id, require
 from stages.tools.log_votes import LogVotes
 from stages.tools.show import at_most, new_console, new_table, print_json, printable

@@ -24,8 +24,8 @@ from stages.regime_w.scorer import read_gold, read_gold_answer, solution_views
 from stages.regime_w.signals import CONSTANT, SIGNALS, GroupAnalysis, Reasoning, analyse_group
 from stages.regime_w.solution import Equation, Number
 from stages.run.errors import UserError
-from stages.run.params import Params, Reward, load_params
-from stages.run.paths import SCORED
+from stages.run.params import Params, Preference, Reward, load_params
+from stages.run.paths import LAST_ROUND, RoundPaths
 from stages.text.answers import Reading, canonical, read_answer, same_answer
 from stages.tools.show import Row, cell, nearest, new_console, new_table, print_json, verdict
 
@@ -38,38 +38,49 @@ SECTIONS = ("equations", "answer by", "s_end", "reward", "soundness", "text")  #
 WIDEST = 34  # terminal columns of a trajectory, at most
 
 
-def main(question_id: str, rollouts: Path = SCORED, text: bool = False, as_json: bool = False) -> None:
+def main(question_id: str, rollouts: Path | None = None, text: bool = False, as_json: bool = False) -> None:
     """Print one question of a scored file; `text` shows the trajectories' texts too.
 
-    Raises UserError when there is no such question, or a file cannot be used.
+    Without a file it is that of the last round that asked the question. Raises UserError when there is no such
+    question, or a file cannot be used.
     """
-    picture = explain(find_question(rollouts, question_id), rollouts, load_params())
+    params = load_params()
+    last_first = [RoundPaths(name).scored for name in reversed(params.chain)]
+    paths = [rollouts] if rollouts else [path for path in last_first if path.is_file()] or last_first[:1]
+    path, record = find_question(paths, question_id)
+    picture = explain(record, path, params)
     if as_json:
         print_json(picture)
     else:
         show(picture, new_console(), text)
 
 
-def find_question(path: Path, name: str) -> Row:
-    """The question with this id; the whole file is read, as it is read to make pairs.
+def find_question(paths: Sequence[Path], name: str) -> tuple[Path, Row]:
+    """The question with this id, and the first of the files that has it; a file is read whole, as to make pairs.
 
-    Raises UserError for a file that cannot be used, and, with the nearest ids, when it has no such question.
+    Raises UserError for a file that cannot be used, and, with the nearest ids, when none has such a question.
     """
-    found, ids = None, []
-    for record in read_questions(path, scored=True):
-        ids.append(record["id"])
-        if record["id"] == name:
-            found = record
-    if found is None:
-        raise UserError(f"{path}: no question '{name}'" + nearest(name, ids))
-    return found
+    ids = []
+    for path in paths:
+        found = None
+        for record in read_questions(path, scored=True):
+            ids.append(record["id"])
+            if record["id"] == name:
+                found = record
+        if found is not None:
+            return path, found
+    raise UserError(f"{', '.join(map(str, paths))}: no question '{name}'" + nearest(name, ids))
 
 
 # ---- what there is to show ---------------------------------------------------------------------------
 
 
 def explain(record: Row, rollouts: Path, params: Params) -> Row:
-    """Everything about one question as plain data. Numbers are exact and written as answers are: '18', '1/3'."""
+    """Everything about one question as plain data. Numbers are exact and written as answers are: '18', '1/3'.
+
+    Pairs are those of the round whose file `rollouts` is; of the last one for any other file.
+    """
+    own = next((name for name in params.rounds if RoundPaths(name).scored == rollouts), LAST_ROUND)
     gold, readings, group, golds = read_question(rollouts, record)
     majority = list(majorities(group.reasonings))
     trajectories = []
@@ -100,7 +111,7 @@ def explain(record: Row, rollouts: Path, params: Params) -> Row:
         "signals": {key: record.get(key) for key in SIGNALS},
         **{key: record.get(key) for key in ("suspicion", "suspect_answer", "planted")},
         "trajectories": trajectories,
-        "pairs": pairs_of(record, params),
+        "pairs": pairs_of(record, params.section_of("preference", own)),
     }
 
 
@@ -202,12 +213,12 @@ def infix(equation: Equation, names: Sequence[str]) -> str:
     return stack[0][0]
 
 
-def pairs_of(record: Row, params: Params) -> Row | None:
+def pairs_of(record: Row, spec: Preference) -> Row | None:
     """By kind, the pairs that params.yaml makes of the question, and how many candidates each reason left out.
 
     Lengths are not balanced, as that takes all questions. None when the trajectories have no verdicts and rewards.
     """
-    spec = params.preference.model_copy(update={"length_balance": False})
+    spec = spec.model_copy(update={"length_balance": False})
     try:
         made, summary = make_pairs([record], spec)
     except UserError:

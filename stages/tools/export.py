@@ -26,10 +26,11 @@ from pydantic import ValidationError
 from stages.run.errors import UserError
 from stages.run.files import atomic_folder, atomic_write, read_json, read_jsonl, sha256_file, write_json
 from stages.run.guard import leave_on_sigterm
-from stages.run.history import AS_RECORDED, MADE_BY, TRAINING, History, broken, settings
+from stages.run.history import AS_RECORDED, History, broken, settings, trained_by
 from stages.run.params import Evaluate, Params, Prompt, load_params
-from stages.run.paths import ADAPTERS, BASE, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL, POLICIES
+from stages.run.paths import BASE, LAST_ROUND, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL
 from stages.run.process import fix_arithmetic
+from stages.run.rounds import adapter_of, shown, trainer_of
 from stages.run.stage import MANIFEST
 from stages.stats.one import BOOTSTRAP_SEED
 from stages.text.prompts import prompt_ids, prompt_text
@@ -47,7 +48,7 @@ PRIVATE = ("path", "train", "platinum", "scorer")  # parameters that may name a 
 
 def main(
     folder: Path,
-    policy: str = "dpo",
+    policy: str = LAST_ROUND,
     precision: str | None = None,
     questions: int = 50,
     force: bool = False,
@@ -113,11 +114,11 @@ def _check_folder(folder: Path, force: bool) -> None:
 
 def _check_weights(policy: str, history: History) -> None:
     """The weights must be those their manifests name, and the adapter must have been trained on this base."""
-    for name in dict.fromkeys(("base", policy)):
+    for name in dict.fromkeys(("base", trainer_of(policy))):
         step = history.step(name)
         if step is None or step.source != "manifest":
             raise UserError(
-                f"{MADE_BY[name]}: has no {MANIFEST}, so it was not made by this pipeline; run `dvc repro`"
+                f"{history.made_by[name]}: has no {MANIFEST}, so it was not made by this pipeline; run `dvc repro`"
             )
         for link in broken([step]):
             if link.role == "wrote" or link.path == BASE.as_posix():
@@ -127,7 +128,7 @@ def _check_weights(policy: str, history: History) -> None:
 def _recorded_settings(policy: str, history: History, params: Params) -> tuple[Prompt, Evaluate]:
     """The prompt the policy was trained for, and how it was evaluated; today's settings where none are recorded."""
     used: dict[str, Any] = params.model_dump(mode="json")
-    for manifest in (history.manifest(f"evaluate@{policy}"), history.manifest(policy)):
+    for manifest in (history.manifest(f"evaluate@{policy}"), history.manifest(trainer_of(policy))):
         used |= manifest.params if manifest else {}
     try:
         return Prompt.model_validate(used["prompt"]), Evaluate.model_validate(used["evaluate"])
@@ -168,7 +169,7 @@ def write_model(policy: str, precision: str | None, max_new_tokens: int, fresh: 
     dtype = getattr(torch, PRECISIONS[precision]) if precision else own
     loaded_in = own if dtype == own else torch.float32
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=loaded_in, local_files_only=True)
-    if adapter := ADAPTERS[policy]:
+    if adapter := adapter_of(policy):
         model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload()
     model = model.to(dtype)
     too_large = next((name for name, one in model.named_parameters() if not one.isfinite().all()), None)
@@ -237,7 +238,7 @@ def compare_with_unmerged(
         return found
 
     fix_arithmetic(params.hardware.threads, params.seed)
-    unmerged = complete(ADAPTERS[policy], BASE)
+    unmerged = complete(adapter_of(policy), BASE)
     merged = complete(None, folder)
     pairs = [(one, merged[name]) for name, one in unmerged.items()]
     return {
@@ -254,13 +255,13 @@ def compare_with_unmerged(
 
 def gather(policy: str, folder: Path, history: History, prompt: Prompt) -> dict[str, Any]:
     """What the model card says of the run, as data; no path of this machine is in it."""
-    upto = {"base": ("base",), "sft": ("sft", "base", "prepare"), "dpo": TRAINING}[policy]
+    upto = ("base",) if policy == "base" else tuple(trained_by(policy))
     steps = {step.stage: step for step in reversed(history.steps(upto))}
     model, data = steps["base"].params.get("model") or {}, history.step("prepare")
     test = (data.params.get("data") or {}) if data else {}
     hub = test["platinum"] if test.get("source") == "hub" else {}
     result, comparisons = results(policy, history)
-    made_from = [link for name in dict.fromkeys(("base", policy)) for link in steps[name].links]
+    made_from = [link for name in dict.fromkeys(("base", trainer_of(policy))) for link in steps[name].links]
     parents = {link.path: link.recorded for link in made_from if link.path.endswith(".safetensors")}
     return {
         "base": {key: model.get(key) for key in ("source", "id", "revision")},
@@ -291,10 +292,11 @@ def results(policy: str, history: History) -> tuple[dict[str, Any] | None, list[
     result = {key: metrics[key] for key in ("questions", "accuracy", "accuracy_low", "accuracy_high")}
     wanted = ("difference", "difference_low", "difference_high", "p", "gained", "lost", "verdict")
     comparisons = []
-    for other in list(ADAPTERS)[: list(ADAPTERS).index(policy)]:
+    others = load_params().policy_names
+    for other in others[: others.index(policy)]:
         if theirs := _rows(other, history):
-            found = compare(theirs, rows, POLICIES[other], POLICIES[policy], BOOTSTRAP_SEED)
-            comparisons.append({"with": POLICIES[other], **{key: found[key] for key in wanted}})
+            found = compare(theirs, rows, shown(other), shown(policy), BOOTSTRAP_SEED)
+            comparisons.append({"with": shown(other), **{key: found[key] for key in wanted}})
     return result, comparisons
 
 

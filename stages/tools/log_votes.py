@@ -11,7 +11,7 @@ from stages.regime_w.voting import Voter
 from stages.run.errors import UserError
 from stages.run.params import load_params
 from stages.stats.one import elected, votes_of
-from stages.stats.paired import p_words
+from stages.stats.p_value import p_words
 from stages.stats.vote import VoteSummary
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl
 from stages.run.params import DirectoryModel, HubModel, Params
-from stages.run.paths import CHANGED, PLATINUM, TRAIN, VALID
+from stages.run.paths import CHANGED, PLATINUM, TESTS, TRAIN, VALID
 from stages.text.prompts import prompt_text
 
 if TYPE_CHECKING:
@@ -57,9 +57,11 @@ def long_questions(params: Params, found: Found | None, base: Path | None) -> It
     usual: list[Asked] = [(None, None)]
     asked: list[tuple[Path, list[Asked], str, int]] = [
         (TRAIN, [*arms], "rollout.max_new_tokens", params.rollout.max_new_tokens),
-        (VALID, usual, "dpo.select_max_new_tokens", params.dpo.select_max_new_tokens),
+        (VALID, usual, "sft.select.max_new_tokens", params.sft.select.max_new_tokens),
+        (VALID, usual, "dpo.select.max_new_tokens", params.dpo.select.max_new_tokens),
         (PLATINUM, usual, "evaluate.max_new_tokens", params.evaluate.max_new_tokens),
         (CHANGED, usual, "evaluate.max_new_tokens", params.evaluate.max_new_tokens),
+        (TESTS, usual, "evaluate.max_new_tokens", params.evaluate.max_new_tokens),
     ]
     asked = [one for one in asked if one[0].is_file()]
     if not asked or (found is None and (base is None or not _may_be_long(params, asked, base))):

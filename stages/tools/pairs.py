@@ -15,7 +15,7 @@ from stages.regime_w.record import Kinds, count, name, number, same_id, text, ty
 from stages.regime_w.signals import SIGNALS
 from stages.run.errors import UserError
 from stages.run.files import FieldTypes, read_numbered_jsonl
-from stages.run.paths import PAIRS
+from stages.run.paths import LAST
 from stages.tools.show import Row, cell, new_console, new_table
 
 SIDES = ("chosen", "rejected")
@@ -36,7 +36,7 @@ Piece = tuple[str, bool]
 
 
 def main(
-    pairs: Path = PAIRS,
+    pairs: Path = LAST.pairs,
     sample: int = 5,
     kind: str | None = None,
     question: str | None = None,

@@ -17,7 +17,7 @@ from stages.regime_w.record import read_questions
 from stages.regime_w.signals import Reasoning
 from stages.run.errors import UserError
 from stages.run.params import load_params
-from stages.run.paths import SCORED
+from stages.run.paths import LAST
 from stages.text.answers import same_answer
 from stages.tools.explain import read_question, reasoning_rows
 from stages.tools.show import Row, indented, new_console, new_table
@@ -25,7 +25,7 @@ from stages.tools.show import Row, indented, new_console, new_table
 THRESHOLDS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # the steps of eight trajectories
 
 
-def main(rollouts: Path = SCORED, limit: int = 20, threshold: float | None = None) -> None:
+def main(rollouts: Path = LAST.scored, limit: int = 20, threshold: float | None = None) -> None:
     """Print the `limit` most suspect questions of a scored file, from `threshold` on (None: that of params.yaml).
 
     Reads the file once, and keeps only the questions to be shown. Raises UserError when it holds no questions or no
@@ -38,7 +38,7 @@ def main(rollouts: Path = SCORED, limit: int = 20, threshold: float | None = Non
     most = nlargest(limit, suspects(rollouts, threshold, seen), key=lambda record: record["suspicion"])
     everything = seen[False] + seen[True]
     if not everything:
-        raise UserError(f"{rollouts}: holds no questions; run `dvc repro coherence`")
+        raise UserError(f"{rollouts}: holds no questions; run `dvc repro`")
     console, found = new_console(), count(everything, threshold)
     first = f"; the first {len(most)}" if len(most) < found else ""
     words = f"{found:,} of {len(everything):,} questions have a suspicion of {threshold:g} or more{first}"

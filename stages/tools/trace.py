@@ -6,7 +6,6 @@ the link says so.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,31 +14,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stages.policy.request import request_seed
+from stages.policy.request import rollout_seed
 from stages.run.errors import UserError
-from stages.run.files import read_jsonl
+from stages.run.files import read_json, read_jsonl
 from stages.run.history import (
     AS_RECORDED,
     DIFFERS,
-    MADE_BY,
-    TRAINING,
     UNCHECKED,
     History,
     Link,
     Step,
     broken,
+    section_of,
     settings,
+    trained_by,
 )
-from stages.run.paths import (
-    DPO_SELECTION,
-    LOCK,
-    PAIRS,
-    PLATINUM_EVAL,
-    POLICIES,
-    ROLLOUTS,
-    SCORED,
-    SFT_ADAPTER,
-)
+from stages.run.params import load_params
+from stages.run.paths import LOCK, PLATINUM_EVAL, RoundPaths
+from stages.run.rounds import adapter_of, shown
 from stages.tools.pairs import PAIR_FIELDS, SIDES
 from stages.tools.show import (
     Row,
@@ -70,19 +62,26 @@ def main(name: str, text: bool = False, as_json: bool = False) -> None:
 
 
 def trace(name: str) -> Row:
-    """All that is known of an id, as data. Raises UserError when nothing has it."""
-    if ">" in name and PAIRS.is_file():
-        return trace_pair(find_record(PAIRS, name, PAIR_FIELDS, "pair"))
-    answers = {policy: PLATINUM_EVAL / f"{policy}.jsonl" for policy in POLICIES}
+    """All that is known of an id, as data; of the last round that has it. Raises UserError when nothing has it."""
+    params = load_params()
+    rounds = [RoundPaths(one) for one in reversed(params.chain)]
+    if ">" in name and (here := [own for own in rounds if own.pairs.is_file()]):
+        own = next((one for one in here if _find(one.pairs, name)), here[0])
+        return trace_pair(find_record(own.pairs, name, PAIR_FIELDS, "pair"), own)
+    answers = {policy: PLATINUM_EVAL / f"{policy}.jsonl" for policy in params.policy_names}
     if found := {policy: row for policy, path in answers.items() if (row := _find(path, name))}:
-        facts = {"completions": found, "not_here": [policy for policy in POLICIES if policy not in found]}
-        steps = History().steps(tuple(MADE_BY))
-        return _picture("Platinum question", next(iter(found.values())), facts, steps, _kept_step(steps))
-    if record := _find(SCORED, name) or _find(ROLLOUTS, name):
-        steps = History().steps(TRAINING)
-        hint = f"`python -m stages explain {name}` shows its trajectories and their scores."
-        return _picture("training question", record, {}, steps, [*_drawn_from(steps), hint])
-    paths = (PAIRS,) if ">" in name else (*answers.values(), SCORED)
+        facts = {"completions": found, "not_here": [policy for policy in answers if policy not in found]}
+        history = History()
+        steps = history.steps(tuple(history.made_by))
+        notes = [note for own in rounds for note in _kept_step(steps, own)]
+        return _picture("Platinum question", next(iter(found.values())), facts, steps, notes)
+    for own in rounds:
+        if record := _find(own.scored, name) or _find(own.rollouts, name):
+            steps = History().steps(tuple(trained_by(own.round)))
+            hint = f"`python -m stages explain {name}` shows its trajectories and their scores."
+            return _picture("training question", record, {}, steps, [*_drawn_from(steps, own), hint])
+    asked = [*answers.values(), *(own.scored for own in rounds)]
+    paths = [own.pairs for own in rounds] if ">" in name else asked
     if missing := [path.as_posix() for path in paths if not path.is_file()]:
         raise UserError(
             f"trace: nothing here has the id '{name}', and these files are not here: {', '.join(missing)}; "
@@ -103,40 +102,42 @@ def _find(path: Path, name: str) -> Row | None:
 # ---- what there is to show ---------------------------------------------------------------------------
 
 
-def trace_pair(pair: Row) -> Row:
-    """A preference pair: its two trajectories as drawn and scored, and whether DPO was trained on it."""
-    steps = History().steps(TRAINING)
-    params = next((step.params for step in steps if step.stage == "rollout"), {})
-    arms = (params.get("rollout") or {}).get("arms") or {}
-    records = {path: _find(path, pair["question_id"]) or {} for path in (SCORED, ROLLOUTS) if path.is_file()}
+def trace_pair(pair: Row, own: RoundPaths) -> Row:
+    """A preference pair of a round: its two trajectories as drawn and scored, and whether DPO was trained on it."""
+    steps = History().steps(tuple(trained_by(own.round)))
+    params = next((step.params for step in steps if step.stage == f"rollout@{own.round}"), {})
+    arms = section_of(params, "rollout", own.round).get("arms") or {}
+    later = own.round if own.round != next(iter(load_params().chain)) else ""
+    both = (own.scored, own.rollouts)
+    records = {path: _find(path, pair["question_id"]) or {} for path in both if path.is_file()}
     links: list[Link] = []
     sides: dict[str, Row] = {}
     for side in SIDES:
-        own = pair[f"{side}_id"]
+        side_id = pair[f"{side}_id"]
         found = {
-            path: next((row for row in _objects(record.get("trajectories")) if row.get("id") == own), {})
+            path: next((row for row in _objects(record.get("trajectories")) if row.get("id") == side_id), {})
             for path, record in records.items()
         }
-        scored, drawn = found.get(SCORED), found.get(ROLLOUTS)
+        scored, drawn = (found.get(path) for path in both)
         row = {**(drawn or {}), **(scored or {})}
         as_paired = {"text": pair[side], "reward": pair.get(f"{side}_reward")}
         as_scored = {**{key: row[key] for key in drawn or {}}, "text": pair[side]}
-        links.append(_same(f"{SCORED} ({side} text and reward)", scored, as_paired))
-        links.append(_same(f"{ROLLOUTS} ({side} as drawn)", drawn, as_scored))
+        links.append(_same(f"{own.scored} ({side} text and reward)", scored, as_paired))
+        links.append(_same(f"{own.rollouts} ({side} as drawn)", drawn, as_scored))
         if isinstance(params.get("seed"), int) and row.get("seed") is not None:
-            pull = own.removeprefix(f"{pair['question_id']}/")
-            seed = request_seed(params["seed"], "rollout", pair["question_id"], pull)
+            pull = side_id.removeprefix(f"{pair['question_id']}/")
+            seed = rollout_seed(params["seed"], later, pair["question_id"], pull)
             words = f"{side} seed, from seed {params['seed']}, question and pull"
             links.append(_same(words, row, {"seed": seed}))
         arm = arms.get(str(row.get("arm"))) or {}
-        sides[side] = {"id": own, "arm": row.get("arm"), **arm, **row, "text": pair[side]}
+        sides[side] = {"id": side_id, "arm": row.get("arm"), **arm, **row, "text": pair[side]}
     gold = next((record.get("gold") for record in records.values()), None)
     return _picture(
         "preference pair",
         {"id": pair["id"], "question": pair["prompt"], "gold": gold},
         {"pair": {"kind": pair["kind"], "margin": pair.get("margin"), **sides}},
         steps,
-        [*_drawn_from(steps), *_trained_on(steps)],
+        [*_drawn_from(steps, own), *_trained_on(steps, own)],
         links,
     )
 
@@ -170,35 +171,36 @@ def _link(steps: list[Step], stage: str, role: str, path: Path) -> Link | None:
     return next((step.link(role, path) for step in steps if step.stage == stage), None)
 
 
-def _drawn_from(steps: list[Step]) -> Iterator[str]:
+def _drawn_from(steps: list[Step], own: RoundPaths) -> Iterator[str]:
     """Which policy drew the trajectories, in words."""
-    link = _link(steps, "rollout", "read", SFT_ADAPTER)
-    yield f"Drawn from the SFT policy (its adapter: {link.state if link else UNCHECKED})."
+    start = load_params().chain[own.round]
+    link = _link(steps, f"rollout@{own.round}", "read", adapter_of(start) or Path())
+    yield f"Drawn from the {shown(start)} policy (its adapter: {link.state if link else UNCHECKED})."
 
 
-def _trained_on(steps: list[Step]) -> Iterator[str]:
-    """Whether the DPO adapter was trained on the pairs that lie here, in words."""
-    link = _link(steps, "dpo", "read", PAIRS)
+def _trained_on(steps: list[Step], own: RoundPaths) -> Iterator[str]:
+    """Whether the round's adapter was trained on the pairs that lie here, in words."""
+    link = _link(steps, f"dpo@{own.round}", "read", own.pairs)
     if link and link.state == AS_RECORDED:
-        yield "The DPO adapter was trained on this pair, unless it is longer than dpo.max_tokens."
-        yield from _kept_step(steps)
+        yield f"The {shown(own.round)} adapter was trained on this pair, unless it is longer than dpo.max_tokens."
+        yield from _kept_step(steps, own)
     elif link and link.state == DIFFERS:
-        yield "The DPO adapter was trained on another file of pairs than this one."
+        yield f"The {shown(own.round)} adapter was trained on another file of pairs than this one."
     else:
-        yield "What is here does not say whether a DPO adapter was trained on this pair."
+        yield f"What is here does not say whether a {shown(own.round)} adapter was trained on this pair."
 
 
-def _kept_step(steps: list[Step]) -> Iterator[str]:
-    """Which step of DPO the adapter is, in words, where that is known."""
-    link = _link(steps, "dpo", "wrote", DPO_SELECTION)
+def _kept_step(steps: list[Step], own: RoundPaths) -> Iterator[str]:
+    """Which step of its training the round's adapter is, in words, where that is known."""
+    link = _link(steps, f"dpo@{own.round}", "wrote", own.kept)
     if link and link.state == AS_RECORDED:
-        with DPO_SELECTION.open(encoding="utf-8", newline="") as file:
-            scores = {int(row["step"]): float(row["score"]) for row in csv.DictReader(file)}
-        kept, last = max(scores, key=lambda step: (scores[step], -step)), max(scores)
-        effect = "; what came after it had no effect" if kept < last else ""
+        judged = read_json(own.kept)
+        kept, last = judged["kept"], judged["last"]
+        effect = ", the best on validation" + ("; what came after it had no effect" if kept < last else "")
         if kept == 0:
-            effect = ": the SFT adapter itself, so no pair changed it"
-        yield f"The DPO adapter kept is that of step {kept} of {last}, the best on validation{effect}."
+            start = shown(load_params().chain[own.round])
+            effect = f": the {start} adapter itself, so no pair changed it"
+        yield f"The {shown(own.round)} adapter kept is that of step {kept} of {last}{effect}."
 
 
 # ---- showing it --------------------------------------------------------------------------------------

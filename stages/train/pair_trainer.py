@@ -1,4 +1,4 @@
-"""TRL's DPO trainer on pairs that are already tokens, and the proof that it starts at the SFT adapter."""
+"""TRL's DPO trainer on pairs that are already tokens, and the proof that it starts as it should."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import set_peft_model_state_dict
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
@@ -87,12 +88,18 @@ def mean_nll(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return -((logprobs * mask).sum(1) / mask.sum(1)).mean()
 
 
-def assert_reference(model: Any, sft_adapter: Path) -> None:
-    """Raise RuntimeError unless the frozen reference equals the saved SFT adapter, tensor by tensor."""
+def set_reference(model: Any, adapter: Path) -> None:
+    """Give the frozen reference the weights of a saved adapter. TRL made it as a copy of the policy."""
+    set_peft_model_state_dict(model, read_adapter(adapter), adapter_name="ref")
+    assert_reference(model, adapter)
+
+
+def assert_reference(model: Any, adapter: Path) -> None:
+    """Raise RuntimeError unless the frozen reference equals a saved adapter, tensor by tensor."""
     reference = adapter_weights(model, "ref")
-    for name, wanted in read_adapter(sft_adapter).items():
+    for name, wanted in read_adapter(adapter).items():
         if not torch.equal(reference[name], wanted):
-            raise RuntimeError(f"the DPO reference is not the SFT adapter: {name} differs")
+            raise RuntimeError(f"the DPO reference is not {adapter}: {name} differs")
 
 
 def assert_same_start(trainer: Any, rows: list[dict[str, list[int]]]) -> None:

@@ -1,4 +1,4 @@
-"""Keeps the DPO checkpoint that answers validation problems best."""
+"""Keeps the checkpoint that answers validation problems best, if it is really better than where training started."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stages.policy.adapter import adapter_weights, save_adapter
+from stages.policy.adapter import adapter_weights, read_adapter, save_adapter
 from stages.policy.context import Model, base_context, refuse_long
 from stages.policy.request import Engine, Request, request_seed
 from stages.run.files import atomic_folder, atomic_write, read_json, read_jsonl, write_json
 from stages.run.paths import VALID
 from stages.run.stage import StageRun
+from stages.stats.looks import judge
 from stages.text.answers import read_answer, same_answer
 from stages.text.prompts import prompt_ids
 
@@ -26,89 +27,121 @@ class Selection(TrainerCallback):
     """Has the policy answer validation problems while it trains, and keeps the best adapter.
 
     The score of a step is the mean of its greedy accuracy and its accuracy over samples, so that a few lucky greedy
-    answers do not decide. Among equals the earliest step wins. `engine_of` makes an engine around a model in memory.
+    answers do not decide. Among equals the earliest step wins. Step 0, where training starts, is kept unless the best
+    step is better by a paired test (stages/stats/looks.py). `section` names the parameters: "sft" or "dpo".
+    `engine_of` makes an engine around a model in memory.
     """
 
     def __init__(
-        self, run: StageRun, tokenizer: Any, config: dict[str, Any], engine_of: Callable[[Any], Engine]
+        self,
+        run: StageRun,
+        section: str,
+        tokenizer: Any,
+        config: dict[str, Any],
+        engine_of: Callable[[Any], Engine],
     ) -> None:
         self.engine_of = engine_of
         self.run, self.tokenizer, self.config = run, tokenizer, config
-        self.spec, self.prompt = run.params.dpo, run.params.prompt
+        self.spec, self.prompt = getattr(run.params, section).select, run.params.prompt
         self.state = PartialState()
         self.rows_file = run.work / "selection.json"
+        # Of each step: for each problem whether the greedy answer is right, and how many samples are.
         self.rows: dict[int, dict[str, Any]] = {}
         if self.rows_file.is_file():
             self.rows = {row["step"]: row for row in read_json(self.rows_file)}
         valid = read_jsonl(VALID, {"id": str, "question": str, "gold": str})
-        self.problems = list(islice(valid, self.spec.select_questions))
+        self.problems = list(islice(valid, self.spec.questions))
         asked = Model(tokenizer, base_context(), self.prompt)
-        limit = self.spec.select_max_new_tokens
-        refuse_long(VALID, self.problems, [(None, None)], asked, "dpo.select_max_new_tokens", limit)
+        limit = self.spec.max_new_tokens
+        refuse_long(VALID, self.problems, [(None, None)], asked, f"{section}.select.max_new_tokens", limit)
+
+    def train(self, trainer: Any, checkpoint: Path | None) -> None:
+        """Train from `checkpoint` (None: the start), with looks at step 0, every `steps` steps and the last one."""
+        self.consider(trainer.model, step=0)
+        trainer.add_callback(self)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.consider(trainer.model, step=trainer.state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Score the policy every `select_steps` optimizer steps."""
-        if state.global_step % self.spec.select_steps == 0:
+        """Score the policy every `steps` optimizer steps."""
+        if state.global_step % self.spec.steps == 0:
             self.consider(kwargs["model"], state.global_step)
 
     def consider(self, model: Any, step: int) -> None:
         """Score the adapter as it is now, and save it if it is better than every earlier step."""
         if step in self.rows:
             return
-        row = {"step": step, **self._score(model)}
-        best = self.best()
+        row = {"step": step, **self._right(model)}
+        best = max((sum(self._scores(one)) for one in self.rows.values()), default=-1)
         self.rows[step] = row
         if self.state.is_main_process:
-            if best is None or row["score"] > best["score"]:
-                with atomic_folder(self.folder(step)) as folder:
+            if sum(self._scores(row)) > best:
+                with atomic_folder(self._folder(step)) as folder:
                     save_adapter(adapter_weights(model), self.config, folder)
             write_json(self.rows_file, [self.rows[key] for key in sorted(self.rows)])
 
-    def best(self) -> dict[str, Any] | None:
-        """The best row so far; the earliest among equals."""
-        return max(self.rows.values(), key=lambda row: (row["score"], -row["step"]), default=None)
+    def write(self, adapter: Path, curve: Path, kept: Path, start: str) -> dict[str, Any]:
+        """Write the adapter of the step that is kept, the curve, and why it is kept; returns the last.
 
-    def folder(self, step: int) -> Path:
+        `start` names the policy of step 0.
+        """
+        scores = {step: self._scores(self.rows[step]) for step in sorted(self.rows)}
+        judged = judge(scores, self._most, self.spec.level) | {"start": start}
+        count, samples = len(self.problems), self.spec.samples
+        with atomic_write(curve) as file:
+            file.write("step,valid_accuracy,valid_mean,score\n")
+            for step, values in scores.items():
+                row = self.rows[step]
+                accuracy = sum(row["greedy"]) / count
+                mean = sum(row["drawn"]) / (count * samples) if samples else accuracy
+                file.write(f"{step},{accuracy},{mean},{sum(values) / (count * self._most)}\n")
+        write_json(kept, judged)
+        with atomic_folder(adapter) as folder:
+            save_adapter(read_adapter(self._folder(judged["kept"])), self.config, folder)
+        return judged
+
+    @property
+    def _most(self) -> int:
+        """The score of a problem whose answers are all right."""
+        return 2 * self.spec.samples or 1
+
+    def _scores(self, row: dict[str, Any]) -> list[int]:
+        """Each problem's score: the greedy answer counts as much as all samples together."""
+        weight = self.spec.samples or 1
+        return [weight * greedy + drawn for greedy, drawn in zip(row["greedy"], row["drawn"], strict=True)]
+
+    def _folder(self, step: int) -> Path:
         """Where the adapter of a step is saved while training goes on."""
         return self.run.work / "selected" / f"step-{step}"
 
-    def write(self, path: Path) -> dict[str, Any]:
-        """Write the curve; returns the best row."""
-        best = self.best()
-        assert best is not None, "step 0 is always considered"
-        with atomic_write(path) as file:
-            file.write("step,valid_accuracy,valid_mean,score\n")
-            for step in sorted(self.rows):
-                row = self.rows[step]
-                file.write(f"{step},{row['accuracy']},{row['mean']},{row['score']}\n")
-        return best
-
-    def _score(self, model: Any) -> dict[str, float]:
-        """Accuracy of greedy answers and of samples; each process answers its share of the problems."""
-        requests, golds = [], {}
-        for problem in self.problems[self.state.process_index :: self.state.num_processes]:
+    def _right(self, model: Any) -> dict[str, list[int]]:
+        """Right greedy answers and samples of each problem; each process answers its share of the problems."""
+        requests, asked = [], {}
+        for place in range(self.state.process_index, len(self.problems), self.state.num_processes):
+            problem = self.problems[place]
             prompt = tuple(prompt_ids(self.tokenizer, self.prompt, problem["question"]))
-            for k in range(self.spec.select_samples + 1):
+            for k in range(self.spec.samples + 1):
                 seed = request_seed(self.run.params.seed, "select", problem["id"], str(k))
                 temperature = 1.0 if k else 0.0
                 request = Request(
-                    f"{problem['id']}/{k}", prompt, self.spec.select_max_new_tokens, temperature, seed=seed
+                    f"{problem['id']}/{k}", prompt, self.spec.max_new_tokens, temperature, seed=seed
                 )
                 requests.append(request)
-                golds[request.id] = problem
-        right: list[tuple[bool, bool]] = []  # (greedy?, correct?)
+                asked[request.id] = (place, "drawn" if k else "greedy")
+        right: list[tuple[int, str]] = []
         with torch.no_grad():
             for completion in self.engine_of(model).generate(requests):
-                problem = golds[completion.id]
+                place, kind = asked[completion.id]
+                problem = self.problems[place]
                 written = self.tokenizer.decode(completion.tokens, skip_special_tokens=True)
                 text = self.prompt.opening + written
                 answer = read_answer(text, problem["question"]).answer
-                right.append((completion.id.endswith("/0"), same_answer(answer, problem["gold"])))
-        everyone = gather_object(right) if self.state.num_processes > 1 else right
-        greedy = [correct for is_greedy, correct in everyone if is_greedy]
-        drawn = [correct for is_greedy, correct in everyone if not is_greedy]
-        accuracy = sum(greedy) / len(greedy)
-        mean = sum(drawn) / len(drawn) if drawn else accuracy
-        return {"accuracy": accuracy, "mean": mean, "score": (accuracy + mean) / 2}
+                if same_answer(answer, problem["gold"]):
+                    right.append((place, kind))
+        counts = {kind: [0] * len(self.problems) for kind in ("greedy", "drawn")}
+        for place, kind in gather_object(right) if self.state.num_processes > 1 else right:
+            counts[kind][place] += 1
+        return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,3 +50,25 @@ def test_a_process_loads_everything_onto_its_own_gpu(
     monkeypatch.setattr(adapter, "PeftModel", SimpleNamespace(from_pretrained=load))
     adapter.load_policy(adapter.BASE, trainable=True)
     assert calls == [("process", device), ("model", device), ("adapter", device)]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_processor_without_bf16_computes_in_32_bits(
+    model: Any,
+    policy_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stored: torch.dtype,
+    bf16: bool,
+) -> None:
+    """The numbers of the weights are the same; what was stored in 32 bits is never rounded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(adapter, "computes_bf16", lambda: bf16)
+    monkeypatch.setattr(adapter, "load_tokenizer", lambda _: None)
+    base, _ = adapter.load_base(policy_folder / "base")
+    base.to(stored).save_pretrained(tmp_path)
+    loaded, _ = adapter.load_base(tmp_path)
+    assert {one.dtype for one in loaded.parameters()} == {stored if bf16 else torch.float32}
+    pairs = zip(loaded.parameters(), base.parameters(), strict=True)
+    assert all(torch.equal(one.float(), other.float()) for one, other in pairs)

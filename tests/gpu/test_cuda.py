@@ -38,7 +38,7 @@ DEVICE = "cuda"
 TRAINING = {"batch": 4, "learning_rate": 1e-3, "warmup_ratio": 0.0, "max_tokens": 80, "checkpoint_steps": 100}
 PARAMS = load_params(SMALL)
 SFT = PARAMS.sft.model_copy(update={**TRAINING, "examples": None})
-DPO = PARAMS.dpo.model_copy(update={**TRAINING, "select_steps": 100})
+DPO = PARAMS.dpo.model_copy(update=TRAINING)
 HARDWARE = PARAMS.hardware.model_copy(update={"engine": "transformers", "generation_batch": 16})
 
 

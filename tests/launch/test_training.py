@@ -30,7 +30,8 @@ from stages.policy.adapter import read_adapter
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl, write_jsonl
 from stages.run.params import BuiltModel, Sections, load_params
-from stages.run.paths import BASE, DPO_ADAPTER, DPO_CURVE, PAIRS, SFT_ADAPTER, TRAIN, VALID
+from stages.run.paths import BASE, LAST, TRAIN, VALID
+from stages.run.resume import TRAINER
 from stages.run.stage import StageRun
 from stages.tiny.model import build_tokenizer, corpus
 from stages.tiny.problems import problems
@@ -43,9 +44,9 @@ CHANGES = {
     "examples: 20": f"examples: {8 * STEPS}",
     "checkpoint_steps: 10": "checkpoint_steps: 2",
     "dropout: 0.05": "dropout: 0.0",  # what it draws depends on the rows of a pass
-    "select_steps: 20": "select_steps: 100",
-    "select_questions: 5": "select_questions: 1",
-    "select_max_new_tokens: 64": "select_max_new_tokens: 4",
+    "steps: 10, questions: 5": "steps: 100, questions: 1",  # sft
+    "steps: 20, questions: 5": "steps: 100, questions: 1",  # dpo
+    "max_new_tokens: 64, level: 0.05": "max_new_tokens: 4, level: 1.0",
 }
 
 
@@ -71,7 +72,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = [(one.question, one.solution("steps")) for one in islice(problems("train", 1), 8 * STEPS)]
     rows = [{"id": str(i), "question": q, "solution": a, "gold": "1"} for i, (q, a) in enumerate(made)]
     pairs = [{"prompt": q, "chosen": a, "rejected": "#### 7"} for q, a in made]
-    for path, content in ((TRAIN, rows), (PAIRS, pairs), (VALID, rows[:1])):
+    for path, content in ((TRAIN, rows), (LAST.pairs, pairs), (VALID, rows[:1])):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(path, content)
     return tmp_path
@@ -83,14 +84,19 @@ def start(stage: str, work: Path, entry: str = "", **hardware: Any) -> str:
     params = params.model_copy(update={"hardware": params.hardware.model_copy(update=hardware)})
     said = Console(file=io.StringIO(), width=200)
     work.mkdir(exist_ok=True)
-    run = StageRun(stage, Sections(params, (stage, "prompt", "seed")), work, said)
+    label = stage if stage == "sft" else f"{stage}@{LAST.round}"
+    run = StageRun(label, Sections(params, (stage, "prompt", "seed"), label.partition("@")[2]), work, said)
     train_everywhere(entry or f"stages.{stage}:train", run, getattr(params, stage).batch)
     return said.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-def assert_close(adapter: Path, wanted: dict[str, torch.Tensor]) -> None:
-    """Fails unless the adapter was trained and equals `wanted`, up to rounding."""
-    got = read_adapter(adapter)
+def trained(work: Path) -> dict[str, torch.Tensor]:
+    """The adapter after the last step. The stage's output is the zero step, because a random model is never right."""
+    return read_adapter(work / TRAINER / f"checkpoint-{STEPS}")
+
+
+def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Fails unless an adapter was trained and equals `wanted`, up to rounding."""
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-4, rtol=1e-3)
@@ -124,11 +130,9 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[i
     return limit
 
 
-@pytest.mark.parametrize(
-    ("stage", "adapter", "sequences"), [("sft", SFT_ADAPTER, 1), ("dpo", DPO_ADAPTER, 2)]
-)
+@pytest.mark.parametrize(("stage", "sequences"), [("sft", 1), ("dpo", 2)])
 def test_half_the_rows_from_the_newest_checkpoint(
-    project: Path, limit_memory: Callable[[int, int], list[int]], stage: str, adapter: Path, sequences: int
+    project: Path, limit_memory: Callable[[int, int], list[int]], stage: str, sequences: int
 ) -> None:
     """Memory runs out in the fourth step, after the checkpoint of the second, and again with half the rows.
 
@@ -138,9 +142,8 @@ def test_half_the_rows_from_the_newest_checkpoint(
     if stage == "dpo":
         start("sft", project / "sft")
     start(stage, project / "small", per_device_batch=2)
-    wanted = read_adapter(adapter)
-    shutil.rmtree(adapter)
-    # DPO's validation has no gradients and is not counted. Each step of 8 rows is one pass. Two rows, or three short
+    wanted = trained(project / "small")
+    # Validation has no gradients and is not counted. Each step of 8 rows is one pass. Two rows, or three short
     # ones, are at most 310 tokens; half a batch is more than 350.
     seen = limit_memory(330 * sequences, 3)
     said = start(stage, project / "large", per_device_batch=8)
@@ -150,14 +153,13 @@ def test_half_the_rows_from_the_newest_checkpoint(
     rest = seen[5:]  # without the pass over half a batch
     assert len(rest) == 4 * (STEPS - 2)
     assert {sum(rest[at : at + 4]) for at in range(0, len(rest), 4)} == {8 * sequences}
-    assert_close(adapter, wanted)
+    assert_close(trained(project / "large"), wanted)
 
 
 def test_gradient_checkpointing_is_tried_first(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` turns it on before it takes fewer rows. When not even one row fits, an error says what to do."""
     start("sft", project / "small", per_device_batch=2)
-    wanted = read_adapter(SFT_ADAPTER)
-    shutil.rmtree(SFT_ADAPTER)
+    wanted = trained(project / "small")
     forward, most = MistralModel.forward, 8
 
     def limited(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +172,7 @@ def test_gradient_checkpointing_is_tried_first(project: Path, monkeypatch: pytes
     said = start("sft", project / "large", per_device_batch=8, gradient_checkpointing="auto")
     assert "sft  out of memory with 8 rows; trying again with gradient checkpointing" in said
     assert said.count("out of memory") == 1
-    assert_close(SFT_ADAPTER, wanted)
+    assert_close(trained(project / "large"), wanted)
     most = 0
     for setting, advice in (("auto", "lower max_tokens"), (False, r"set hardware\.gradient_checkpointing")):
         with pytest.raises(UserError, match=f"sft: out of memory with a single row; {advice}"):
@@ -373,30 +375,28 @@ def test_nothing_is_left_running_when_the_parent_is_killed(
 def test_two_processes_agree_on_their_rows(project: Path, start_two: Callable[[str], str]) -> None:
     """`auto` looks at the free memory, which differs between processes. Both take the smaller number."""
     start("sft", project / "one", per_device_batch=2, processes=1)
-    wanted = read_adapter(SFT_ADAPTER)
-    shutil.rmtree(SFT_ADAPTER)
+    wanted = trained(project / "one")
     start_two("little_memory")
     assert read_json(project / "work" / ROWS) == {"rows": 1, "checkpointing": False}
-    assert_close(SFT_ADAPTER, wanted)
+    assert_close(trained(project / "work"), wanted)
 
 
 def test_processes_take_as_many_tokens_not_pairs(project: Path, start_two: Callable[..., str]) -> None:
     """One takes the few long pairs of a batch, the other the many short ones; they learn what one process does."""
     answer = "3*4=12. " * 9
-    pairs = list(read_jsonl(PAIRS, {"chosen": str}))
+    pairs = list(read_jsonl(LAST.pairs, {"chosen": str}))
     for pair in pairs[::5]:
         pair["chosen"] = answer + pair["chosen"]
-    write_jsonl(PAIRS, pairs)
+    write_jsonl(LAST.pairs, pairs)
     start("sft", project / "sft")
     start("dpo", project / "one", per_device_batch=8, processes=1)
-    wanted, curve = read_adapter(DPO_ADAPTER), DPO_CURVE.read_text()
-    shutil.rmtree(DPO_ADAPTER)
+    wanted, curve = trained(project / "one"), LAST.curve.read_text()
     start_two("counting", "dpo")
     counts = list(zip(*(read_json(project / f"pairs-{rank}") for rank in (0, 1)), strict=True))
     assert [sum(pair) for pair in counts] == [8] * STEPS
     assert any(min(pair) < 4 for pair in counts)
-    assert_close(DPO_ADAPTER, wanted)
-    for one, two in zip(curve.splitlines()[1:], DPO_CURVE.read_text().splitlines()[1:], strict=True):
+    assert_close(trained(project / "work"), wanted)
+    for one, two in zip(curve.splitlines()[1:], LAST.curve.read_text().splitlines()[1:], strict=True):
         assert [*map(float, two.split(","))] == pytest.approx(
             [*map(float, one.split(","))], rel=1e-2, abs=1e-3
         )

@@ -31,12 +31,14 @@ REPO = Path(__file__).resolve().parents[2]
 
 # Less of everything, but enough for pairs of both kinds.
 SMALL: dict[str, dict[str, Any]] = {
-    "data": {"train": 150, "valid": 30, "platinum": 60},
-    "sft": {"examples": 120, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "checkpoint_steps": 10},
+    "data": {"train": 150, "valid": 30, "platinum": 60, "tests": {"larger": {"questions": 12}}},
+    "sft": {"examples": 120, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "checkpoint_steps": 10,
+        "select": {"steps": 10, "questions": 15, "samples": 1, "level": 1.0},
+    },
     "rollout": {"questions": 50},
     "dpo": {
-        "batch": 8, "learning_rate": 2e-4, "checkpoint_steps": 8, "select_steps": 8,
-        "select_questions": 15, "select_samples": 1,
+        "batch": 8, "learning_rate": 2e-4, "checkpoint_steps": 8,
+        "select": {"steps": 8, "questions": 15, "samples": 1, "level": 1.0},
     },
     "evaluate": {"samples": 4},
     "hardware": {"threads": 1},
@@ -255,7 +257,7 @@ def assert_same_adapter() -> Callable[[str, Project, Project], None]:
     import torch
     from safetensors.torch import load_file
 
-    folders = {"sft": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora"}
+    folders = {"sft": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora/dpo"}
 
     def check(stage: str, one: Project, other: Project) -> None:
         file = Path(folders[stage]) / "adapter_model.safetensors"

@@ -41,7 +41,7 @@ def test_with_hard_links_an_output_takes_its_room_once(project: Project) -> None
     """What docs/rented-host.md promises of `cache.type hardlink,copy`, set by a command above."""
     project.update("params.yaml", {"regime_w.suspect_from": 0.75})
     project.run("dvc", "repro", "coherence")
-    output = project.root / "data/regime_w_rollouts.jsonl"
+    output = project.root / "data/regime_w_rollouts/dpo.jsonl"
     assert any(
         output.samefile(path) for path in Path(project.root, ".dvc/cache").rglob("*") if path.is_file()
     )

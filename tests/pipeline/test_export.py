@@ -33,7 +33,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_pair_and_an_answer_are_traced_to_the_base(small_run: Project) -> None:
-    pair = rows_of(small_run.root / "data/coherence_preferences.jsonl")[-1]
+    pair = rows_of(small_run.root / "data/coherence_preferences/dpo.jsonl")[-1]
     found = json.loads(small_run.stages("trace", pair["id"], "--json").stdout)
     assert not found["broken"]
     assert any("was trained on this pair" in note for note in found["notes"])

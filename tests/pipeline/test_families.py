@@ -27,7 +27,7 @@ def test_a_family_runs(name: str, small_project: Project, tmp_path: Path) -> Non
     make_place(name, project.root)
     for words in commands(tmp_path / "export").values():
         project.stages(*words)
-    for row in read_jsonl(project.root / "data/rollouts.jsonl", {"trajectories": list}):
+    for row in read_jsonl(project.root / "data/rollouts/dpo.jsonl", {"trajectories": list}):
         assert all(one["logprob"] < 0 for one in row["trajectories"])
     # The engine's own cache and batches keep to the sliding windows, of 32 and 48 tokens.
     assert differing(project.root / "checkpoints/base") == 0

@@ -68,42 +68,54 @@ CASES = {
     ),
     "rollout": Case(
         ("rollout",),
-        ".work/rollout",
-        ("data/rollouts.jsonl", "data/rollouts.manifest.json"),
-        ("data/.*.tmp",),
+        ".work/rollout@dpo",
+        ("data/rollouts/dpo.jsonl", "data/rollouts/dpo.manifest.json"),
+        ("data/rollouts/.*.tmp",),
         {"rollout.questions": 120, "hardware.generation_batch": 64},
     ),
     "rollout by thompson": Case(
         ("rollout",),
-        ".work/rollout",
-        ("data/rollouts.jsonl", "data/rollouts.manifest.json"),
-        ("data/.*.tmp",),
+        ".work/rollout@dpo",
+        ("data/rollouts/dpo.jsonl", "data/rollouts/dpo.manifest.json"),
+        ("data/rollouts/.*.tmp",),
         {"rollout.questions": 100},
         {"rollout.allocation": "thompson", "rollout.round_questions": 10},
     ),
     "sft": Case(
         ("sft",),
         ".work/sft",
-        ("metrics/curves/sft.csv", *(f"checkpoints/sft_lora/{name}" for name in TRAINED)),
-        (".work/sft/*/trainer/checkpoint-*", "checkpoints/.*.tmp", "metrics/curves/.*.tmp"),
+        (
+            "metrics/curves/sft.csv",
+            "metrics/curves/sft_selection.csv",
+            "metrics/kept/sft.json",
+            *(f"checkpoints/sft_lora/{name}" for name in TRAINED),
+        ),
+        (
+            ".work/sft/*/trainer/checkpoint-*",
+            ".work/sft/*/selected/*",
+            ".work/sft/*/selected/.*.tmp",
+            "checkpoints/.*.tmp",
+            "metrics/curves/.*.tmp",
+        ),
         {"sft.epochs": 4, "sft.checkpoint_steps": 5},
     ),
     "dpo": Case(
         ("dpo",),
-        ".work/dpo",
+        ".work/dpo@dpo",
         (
             "metrics/curves/dpo.csv",
             "metrics/curves/dpo_selection.csv",
-            *(f"checkpoints/dpo_coherence_lora/{name}" for name in TRAINED),
+            "metrics/kept/dpo.json",
+            *(f"checkpoints/dpo_coherence_lora/dpo/{name}" for name in TRAINED),
         ),
         (
-            ".work/dpo/*/trainer/checkpoint-*",
-            ".work/dpo/*/selected/*",
-            ".work/dpo/*/selected/.*.tmp",
-            "checkpoints/.*.tmp",
+            ".work/dpo@dpo/*/trainer/checkpoint-*",
+            ".work/dpo@dpo/*/selected/*",
+            ".work/dpo@dpo/*/selected/.*.tmp",
+            "checkpoints/dpo_coherence_lora/.*.tmp",
             "metrics/curves/.*.tmp",
         ),
-        {"dpo.epochs": 3, "dpo.checkpoint_steps": 4, "dpo.select_steps": 8},
+        {"dpo.epochs": 3, "dpo.checkpoint_steps": 4, "dpo.select.steps": 8},
     ),
 }
 
@@ -144,7 +156,7 @@ class Progress:
 
     def size(self) -> tuple[int, int, int, int]:
         """Finished rounds, bytes of the journal, newest complete checkpoint, bytes of scored steps. It only grows."""
-        rounds = list(self.folder.glob("*/round-*.jsonl"))
+        rounds = list(self.folder.glob("*/batch-*.jsonl"))
         journals = [path.stat().st_size for path in self.folder.glob("*/journal.jsonl")]
         steps = self.look_at_checkpoints()
         chosen = [path.stat().st_size for path in self.folder.glob("*/selection.json")]
@@ -167,7 +179,7 @@ class Progress:
 
     def after_a_kill(self) -> float:
         """Compare with what the kill before left. Returns the bytes of the journal or the newest checkpoint's step."""
-        rounds = {path.name: path.read_bytes() for path in self.folder.glob("*/round-*.jsonl")}
+        rounds = {path.name: path.read_bytes() for path in self.folder.glob("*/batch-*.jsonl")}
         for path in self.folder.glob("*/journal.jsonl"):
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
@@ -311,7 +323,7 @@ def remove_outputs(project: Project, case: Case) -> None:
     """Remove a case's outputs, as DVC does before it runs a stage."""
     for name in case.outputs:
         place = project.root / name
-        if place.parent.parent.name == "checkpoints":
+        if name.startswith("checkpoints/"):
             shutil.rmtree(place.parent, ignore_errors=True)
         else:
             place.unlink(missing_ok=True)
@@ -366,12 +378,12 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
     assert len(reached) > kills / 4, f"the kills did not spread over the run: {reached}"
 
 
-@pytest.mark.parametrize("stage", ["rollout", "sft"])
+@pytest.mark.parametrize("stage", ["rollout@dpo", "sft"])
 def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
     stage: str, small_run: Project, copy_run: Callable[[], Project]
 ) -> None:
     """After SIGKILL to dvc alone, no orphan trains or generates on, and what was done stays done."""
-    project, case = copy_run().cold, CASES[stage]
+    project, case = copy_run().cold, CASES[stage.partition("@")[0]]
     wanted = read_outputs(small_run, case)
     command = ["dvc", "repro", "--single-item", "--no-run-cache", stage]
     progress = Progress(project, case)

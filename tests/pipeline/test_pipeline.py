@@ -89,13 +89,13 @@ def test_row_counts_follow_the_parameters(small_run: Project) -> None:
     params, data = profile(small_run), small_run.root / "data"
     for split in ("train", "valid", "platinum"):
         assert len(rows_of(data / f"gsm8k/{split}.jsonl")) == params["data"][split]
-    rollouts = rows_of(data / "rollouts.jsonl")
+    rollouts = rows_of(data / "rollouts/dpo.jsonl")
     assert len(rollouts) == params["rollout"]["questions"]
     for row in rollouts:
         assert [one["arm"] for one in row["trajectories"]] == list(params["rollout"]["arms"])
         assert [one["id"] for one in row["trajectories"]] == [f"{row['id']}/{k}" for k in range(8)]
         assert all(one["finish"] in ("stop", "length") and one["logprob"] < 0 for one in row["trajectories"])
-    scored = rows_of(data / "regime_w_rollouts.jsonl")
+    scored = rows_of(data / "regime_w_rollouts/dpo.jsonl")
     assert [row["id"] for row in scored] == [row["id"] for row in rollouts]
     for policy in POLICIES:
         rows = rows_of(data / f"platinum_eval/{policy}.jsonl")
@@ -104,14 +104,20 @@ def test_row_counts_follow_the_parameters(small_run: Project) -> None:
         twins = rows_of(data / "gsm8k/changed.jsonl")
         asked = [(twin["id"], twin["question"], twin["gold"]) for row in rows for twin in row["twins"]]
         assert asked == [(twin["id"], twin["question"], twin["gold"]) for twin in twins] != []
+        asked = [(row["id"], row["test"]) for row in rows_of(data / f"tests_eval/{policy}.jsonl")]
+        assert asked == [(row["id"], row["test"]) for row in rows_of(data / "gsm8k/tests.jsonl")] != []
+        assert [row["id"] for row in rows_of(data / f"votes/{policy}.jsonl")] == [row["id"] for row in rows]
 
 
 def test_records_have_the_documented_fields_in_order(small_run: Project) -> None:
     data = small_run.root / "data"
-    rollout, scored = rows_of(data / "rollouts.jsonl")[0], rows_of(data / "regime_w_rollouts.jsonl")[0]
+    rollout, scored = (
+        rows_of(data / "rollouts/dpo.jsonl")[0],
+        rows_of(data / "regime_w_rollouts/dpo.jsonl")[0],
+    )
     assert list(rollout) == ["id", "question", "gold", "solution", "trajectories"]
     signals = ["s_end", "s_path", "s_cf", "s_wm"]
-    every = rows_of(data / "rollouts.jsonl")
+    every = rows_of(data / "rollouts/dpo.jsonl")
     assert set(scored) == {*rollout, *signals, "suspicion", "suspect", "suspect_answer"}
     assert all(list(row) in ([*rollout], [*list(rollout)[:4], "planted", "trajectories"]) for row in every)
     assert set(scored["trajectories"][0]) >= {"answer", "correct", "fault", "soundness", *signals, "reward"}
@@ -122,8 +128,10 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
     ]  # fmt: skip
     twin = next(twin for row in rows_of(data / "platinum_eval/dpo.jsonl") for twin in row["twins"])
     assert list(twin) == ["id", "question", "gold", "completion", "answer", "correct", "tokens", "finish"]
+    other = rows_of(data / "tests_eval/dpo.jsonl")[0]
+    assert list(other) == ["test", *(name for name in evaluated if name not in ("samples", "twins"))]
     assert list(evaluated["samples"][0]) == ["completion", "answer", "correct", "tokens", "finish", "logprob"]
-    pair = rows_of(data / "coherence_preferences.jsonl")[0]
+    pair = rows_of(data / "coherence_preferences/dpo.jsonl")[0]
     assert list(pair)[:13] == [
         "id", "kind", "question_id", "prompt", "chosen", "rejected", "chosen_id", "rejected_id",
         "chosen_reward", "rejected_reward", "margin", "chosen_tokens", "rejected_tokens",
@@ -133,13 +141,15 @@ def test_records_have_the_documented_fields_in_order(small_run: Project) -> None
 def test_held_out_questions_are_in_no_training_data(small_run: Project) -> None:
     data = small_run.root / "data"
     held_out = {
-        row["question"] for name in ("platinum", "changed") for row in rows_of(data / f"gsm8k/{name}.jsonl")
+        row["question"]
+        for name in ("platinum", "changed", "tests")
+        for row in rows_of(data / f"gsm8k/{name}.jsonl")
     }
     trained = {
         row["question"] for split in ("train", "valid") for row in rows_of(data / f"gsm8k/{split}.jsonl")
     }
-    rolled = {row["question"] for row in rows_of(data / "rollouts.jsonl")}
-    paired = {row["prompt"] for row in rows_of(data / "coherence_preferences.jsonl")}
+    rolled = {row["question"] for row in rows_of(data / "rollouts/dpo.jsonl")}
+    paired = {row["prompt"] for row in rows_of(data / "coherence_preferences/dpo.jsonl")}
     assert paired <= rolled <= trained
     assert not held_out & trained
 
@@ -358,3 +368,16 @@ def test_the_page_finds_manifests_and_lock_in_agreement(small_run: Project) -> N
     page = (small_run.root / "report.html").read_text(encoding="utf-8")
     assert "evaluate@dpo" in page
     assert "dvc.lock records differ" not in page
+
+
+def test_sft_on_wrong_labels_keeps_the_base(copy_run: Callable[[], Project]) -> None:
+    """It says so, and the adapter kept gives the base's answers byte for byte, log-probabilities included."""
+    project = copy_run()
+    changes = {"data.wrong_labels": 1.0, "sft.select.level": 0.05}
+    project.update("profiles/tiny.yaml", changes)
+    done = project.run("dvc", "repro", "evaluate@sft")
+    kept = json.loads((project.root / "metrics/kept/sft.json").read_text())
+    assert (kept["kept"], kept["last"], kept["looks"]) == (0, 30, 3)
+    assert "KEPT STEP 0, the base policy: no step is better on validation" in " ".join(done.stderr.split())
+    base, sft = (project.root / f"data/platinum_eval/{policy}.jsonl" for policy in ("base", "sft"))
+    assert sft.read_bytes() == base.read_bytes()

@@ -52,13 +52,13 @@ def test_generation_in_two_processes(project: Project, small_run: Project) -> No
         )
         project.stages("rollout")
         if keep:
-            keep.write_bytes((project.root / "data/rollouts.jsonl").read_bytes())
-    assert (project.root / "data/rollouts.jsonl").read_bytes() == alone.read_bytes()
+            keep.write_bytes((project.root / "data/rollouts/dpo.jsonl").read_bytes())
+    assert (project.root / "data/rollouts/dpo.jsonl").read_bytes() == alone.read_bytes()
 
 
 def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
     """Another process does its piece again, and the result is the same."""
-    wanted = (project.root / "data/rollouts.jsonl").read_bytes()
+    wanted = (project.root / "data/rollouts/dpo.jsonl").read_bytes()
     stage = subprocess.Popen(
         ["python", "-m", "stages", "rollout"],
         cwd=project.root,
@@ -77,7 +77,7 @@ def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
     os.kill(workers[0], signal.SIGKILL)
     _, said = stage.communicate(timeout=300)
     assert stage.returncode == 0, said
-    assert (project.root / "data/rollouts.jsonl").read_bytes() == wanted
+    assert (project.root / "data/rollouts/dpo.jsonl").read_bytes() == wanted
 
 
 def workers_of(pid: int) -> list[int]:

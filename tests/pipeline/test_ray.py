@@ -164,7 +164,7 @@ def cluster(running: Cluster) -> Cluster:
 def rollouts(project: Project) -> bytes:
     """The rollouts of one process without Ray."""
     project.stages("rollout", LOOPER_LAUNCHER="local")
-    return (project.root / "data/rollouts.jsonl").read_bytes()
+    return (project.root / "data/rollouts/dpo.jsonl").read_bytes()
 
 
 def test_another_launcher_reruns_nothing(project: Project) -> None:
@@ -192,7 +192,7 @@ def test_without_a_cluster_one_line_says_what_to_start(project: Project) -> None
 def test_generation_gives_the_same_bytes(cluster: Cluster, rollouts: bytes) -> None:
     said = cluster.finish(cluster.begin("rollout"))
     assert "generating with 2 workers on 2 hosts" in said
-    assert (cluster.project.root / "data/rollouts.jsonl").read_bytes() == rollouts
+    assert (cluster.project.root / "data/rollouts/dpo.jsonl").read_bytes() == rollouts
 
 
 @pytest.mark.parametrize("fate", ["killed", "hanging", "its whole node killed"])
@@ -210,7 +210,7 @@ def test_a_lost_worker_costs_its_piece_only(cluster: Cluster, rollouts: bytes, f
     else:
         os.kill(second, signal.SIGSTOP if fate == "hanging" else signal.SIGKILL)
     said = cluster.finish(stage)
-    assert (cluster.project.root / "data/rollouts.jsonl").read_bytes() == rollouts
+    assert (cluster.project.root / "data/rollouts/dpo.jsonl").read_bytes() == rollouts
     assert ("is gone" in said) == (fate != "hanging")
 
 

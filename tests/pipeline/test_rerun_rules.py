@@ -22,7 +22,7 @@ pytestmark = pytest.mark.pipeline
 
 EVALUATIONS = {"evaluate@base", "evaluate@sft", "evaluate@dpo"}
 VOTES = {"vote@base", "vote@sft", "vote@dpo"}
-AFTER_COHERENCE = {"preference", "dpo", "evaluate@dpo", "headline", "report"}
+AFTER_COHERENCE = {"preference@dpo", "dpo@dpo", "evaluate@dpo", "headline", "report"}
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,17 @@ TINY = "profiles/tiny.yaml"
 @pytest.mark.parametrize(
     ("file", "key", "by", "stages"),
     [
-        ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, {"coherence", *VOTES}),
-        ("params.yaml", "regime_w.reward.kappa", lambda x: x / 2, {"coherence"}),
+        ("params.yaml", "regime_w.weights.s_cf", lambda x: x + 0.1, {"coherence@dpo", *VOTES}),
+        ("params.yaml", "regime_w.reward.kappa", lambda x: x / 2, {"coherence@dpo"}),
         ("params.yaml", "regime_w.vote", lambda _: "s_wm", VOTES),
-        ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, {"preference"}),
-        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, {"rollout"}),
+        ("params.yaml", "preference.coherence.min_margin", lambda x: x * 2, {"preference@dpo"}),
+        (TINY, "rollout.arms.*.temperature", lambda x: x + 0.1, {"rollout@dpo"}),
         (TINY, "data.changed", lambda _: "all", {"prepare"}),
-        (TINY, "dpo.beta", lambda x: x * 2, {"dpo"}),
+        (TINY, "data.tests.*.questions", lambda x: x + 1, {"prepare"}),
+        (TINY, "dpo.beta", lambda x: x * 2, {"dpo@dpo"}),
         (TINY, "sft.lora.r", lambda x: x * 2, {"sft"}),
+        (TINY, "sft.select.level", lambda x: x / 2, {"sft"}),
+        (TINY, "dpo.select.questions", lambda x: x - 1, {"dpo@dpo"}),
     ],
 )
 def test_a_parameter_reruns_its_stages(
@@ -97,11 +100,16 @@ def test_comments_and_hardware_rerun_nothing(project: Project) -> None:
     ("file", "stages"),
     [
         ("stages/evaluate.py", EVALUATIONS),
-        ("stages/regime_w/changed.py", {"prepare", "coherence", "preference", *VOTES}),
+        ("stages/regime_w/changed.py", {"prepare", "coherence@dpo", "preference@dpo", *VOTES}),
         ("stages/stats/changed.py", {"report", *EVALUATIONS, *VOTES}),
         ("stages/tiny/twins.py", {"prepare", "base"}),
-        ("stages/regime_w/bandit.py", {"rollout", "coherence", "preference", *VOTES}),
+        ("stages/text/testsets.py", {"prepare", *EVALUATIONS}),
+        ("stages/stats/testsets.py", {"report", *EVALUATIONS, *VOTES}),
+        ("stages/regime_w/bandit.py", {"rollout@dpo", "coherence@dpo", "preference@dpo", *VOTES}),
         ("stages/stats/vote.py", {"report", *VOTES}),
+        ("stages/train/selection.py", {"sft", "dpo@dpo"}),
+        ("stages/train/pair_trainer.py", {"dpo@dpo"}),
+        ("stages/stats/looks.py", {"sft", "dpo@dpo", "report", *VOTES}),
         ("stages/page/svg.py", {"report"}),
         ("stages/engine/load.py", set()),  # how it is run
     ],
@@ -123,12 +131,12 @@ def test_a_private_scorer_outside_the_tree_is_a_dependency(copy_run: Callable[[]
     shipped = (project.root / "stages/regime_w/signals.py").read_text(encoding="utf-8")
     private.write_text(shipped, encoding="utf-8")
     project.update("params.yaml", {"regime_w.scorer": "../private/scorer.py"})
-    assert set(project.repro("coherence", *sorted(VOTES))) == {"coherence", *VOTES}
+    assert set(project.repro("coherence", *sorted(VOTES))) == {"coherence@dpo", *VOTES}
     assert project.status() == {}  # the same scores: nothing follows
     private.write_text(shipped + "\n# changed\n", encoding="utf-8")
     status = project.status()
-    assert set(status) == {"coherence", *VOTES}
-    (changed,) = status["coherence"]
+    assert set(status) == {"coherence@dpo", *VOTES}
+    (changed,) = status["coherence@dpo"]
     assert [Path(name).name for name in changed["changed deps"]] == ["scorer.py"]
     lock = (project.root / "dvc.lock").read_text(encoding="utf-8")
     assert "- path: ../private/scorer.py" in lock
@@ -143,23 +151,26 @@ def test_an_edited_file_of_ones_own_reruns_what_reads_it(small_project: Project,
     questions.mkdir()
     for name in ("train", "platinum"):
         shutil.copy(project.root / "examples" / f"{name}.jsonl", questions)
+    shutil.copytree(project.root / "examples/tests", questions / "tests")
     shutil.copytree(project.root / "stages/tiny/base", model)
-    own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")} | {"model": "../model"}
-    project.update("params.yaml", {"own": own})
-    data, base = (
-        {"source": "files", "changed": "one", "valid": 3},
-        {"source": "directory", "dtype": "float32"},
-    )
+    own = {name: f"../questions/{name}.jsonl" for name in ("train", "platinum")}
+    project.update("params.yaml", {"own": own | {"tests": "../questions/tests", "model": "../model"}})
+    daily = {"source": "file", "file": "daily.csv", "question": ["Body", "Question"], "answer": "Answer"}
+    data = {"source": "files", "changed": "one", "tests": {"daily": daily}, "valid": 3}
+    base = {"source": "directory", "dtype": "float32"}
     project.update(TINY, {"data": data, "model": base})
     stages = ("prepare", "base")
     assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     with (questions / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"question": "What is 5 - 3?", "answer": "#### 2"}\n')
+    with (questions / "tests/daily.csv").open("a", encoding="utf-8") as file:
+        file.write("Tom has 7 hens.,How many hens?,7\n")
     (model / "remark.txt").write_text("new", encoding="utf-8")
     status = project.status()
     changed = {stage: [*status[stage][0]["changed deps"]] for stage in stages}
-    assert [Path(path).name for paths in changed.values() for path in paths] == ["train.jsonl", "model"]
+    names = [Path(path).name for paths in changed.values() for path in paths]
+    assert names == ["train.jsonl", "tests", "model"]
     assert sorted(project.repro(*stages)) == sorted(stages)  # neither needs the other
     assert project.repro(*stages) == []
     project.update("params.yaml", {"own.train": "../questions/none.jsonl"})
@@ -173,27 +184,31 @@ def test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before(
     project = copy_run()
     early = [
         "data/gsm8k",
-        "data/rollouts.jsonl",
+        "data/rollouts/dpo.jsonl",
         "checkpoints/base",
         "checkpoints/sft_lora",
         "data/platinum_eval/sft.jsonl",
     ]
     times = {name: (project.root / name).stat().st_mtime_ns for name in early}
-    scored = (project.root / "data/regime_w_rollouts.jsonl").read_bytes()
+    scored = (project.root / "data/regime_w_rollouts/dpo.jsonl").read_bytes()
     project.update("params.yaml", {"regime_w.weights": {"s_end": 0.1, "s_path": 0.1, "s_cf": 0.8}})
     plan = json.loads(project.stages("plan", "--json").stdout)
     ran = project.repro()
     will_run = {one["stage"]: one for one in plan["will_run"]}
-    assert set(will_run) == {"coherence", *VOTES}
-    coherence = will_run["coherence"]
+    assert set(will_run) == {"coherence@dpo", *VOTES}
+    coherence = will_run["coherence@dpo"]
     assert any("regime_w.weights.s_cf" in why and why.endswith("→ 0.8") for why in coherence["reasons"])
     assert coherence["last"]["seconds"] > 0
     assert {one["stage"] for one in plan["may_follow"]} == AFTER_COHERENCE
-    assert [stage for stage in ran if stage not in VOTES][:3] == ["coherence", "preference", "dpo"]
-    assert VOTES < set(ran) <= {"coherence", *VOTES, *AFTER_COHERENCE}
+    assert [stage for stage in ran if stage not in VOTES][:3] == [
+        "coherence@dpo",
+        "preference@dpo",
+        "dpo@dpo",
+    ]
+    assert VOTES < set(ran) <= {"coherence@dpo", *VOTES, *AFTER_COHERENCE}
     assert "report" in ran
     assert {name: (project.root / name).stat().st_mtime_ns for name in early} == times
-    assert (project.root / "data/regime_w_rollouts.jsonl").read_bytes() != scored
+    assert (project.root / "data/regime_w_rollouts/dpo.jsonl").read_bytes() != scored
     assert project.status() == {}
 
 
@@ -219,3 +234,17 @@ def test_other_twins_are_asked_and_nothing_is_trained_again(copy_run: Callable[[
     assert "accuracy" in few and not {"changed", "both", "kept"} & set(few)
     assert '"twins"' not in (project.root / "data/platinum_eval/sft.jsonl").read_text(encoding="utf-8")
     assert 'id="twins"' not in (project.root / "report.html").read_text(encoding="utf-8")
+
+
+def test_other_test_sets_are_asked_and_nothing_is_trained_again(copy_run: Callable[[], Project]) -> None:
+    """Test sets change no training data. Without any, the metrics and the page have none of their figures."""
+    project = copy_run()
+    few = json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    assert list(few["tests"]) == ["larger"]
+    assert 'id="tests"' in (project.root / "report.html").read_text(encoding="utf-8")
+    project.update(TINY, {"data.tests": {}})
+    ran = set(project.repro())
+    assert ran == {"prepare", *EVALUATIONS, "headline", "report"}  # the samples are the same: no vote
+    assert "tests" not in json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    assert (project.root / "data/tests_eval/sft.jsonl").read_bytes() == b""
+    assert 'id="tests"' not in (project.root / "report.html").read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from stages import coherence, preference
 from stages.regime_w.record import read_questions
 from stages.run.errors import UserError
 from stages.run.files import read_json, read_jsonl
+from stages.run.paths import LAST_ROUND
 from stages.tools import explain, pairs, suspects
 from tests.regime_w.worked_example import QUESTION, TEXTS
 from tests.tools.screen import printed
@@ -23,8 +24,8 @@ REPO = Path(__file__).resolve().parents[2]
 FILE, SCORED, PAIRS = Path("in.jsonl"), Path("data/scored.jsonl"), Path("data/pairs.jsonl")
 METRICS, PLOTS = Path("metrics/m.json"), Path("metrics/plots")
 TOOLS: dict[str, Callable[[], Any]] = {
-    "coherence": lambda: coherence.main(FILE, SCORED, METRICS, PLOTS, cores=1),
-    "preference": lambda: preference.main(FILE, PAIRS, METRICS),
+    "coherence": lambda: coherence.main(LAST_ROUND, FILE, SCORED, METRICS, PLOTS, cores=1),
+    "preference": lambda: preference.main(LAST_ROUND, FILE, PAIRS, METRICS),
     "explain": lambda: printed(explain.main, "a", FILE),
     "suspects": lambda: printed(suspects.main, FILE),
 }
@@ -211,7 +212,7 @@ def test_ids_and_tokens_from_elsewhere_to_the_last_table() -> None:
     write(*({"id": name, "question": QUESTION, "gold": 10.0, "trajectories": rows} for name in (7, 8)))
     TOOLS["coherence"]()
     assert [row["tokens"] for row in next(read_jsonl(SCORED))["trajectories"]] == [30, 25]
-    preference.main(SCORED, PAIRS, METRICS)
+    preference.main(LAST_ROUND, SCORED, PAIRS, METRICS)
     assert [pair["id"] for pair in read_jsonl(PAIRS)] == ["7/0>1", "8/0>1"]
     assert read_json(METRICS)["length_difference"] == 5.0
     assert "0 > 1" in printed(explain.main, "8", SCORED)

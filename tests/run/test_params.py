@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.run.errors import UserError
-from stages.run.params import BuiltModel, GeneratedData, Sections, load_params
+from stages.run.params import BuiltModel, FileTest, GeneratedData, Sections, load_params
 
 SMALL = Path(__file__).resolve().parents[1] / "small"
 RUN = (SMALL / "params.yaml").read_text()
@@ -53,6 +53,15 @@ def test_right_files_are_read_as_they_stand(tmp_path: Path) -> None:
     assert isinstance(params.model, BuiltModel) and isinstance(params.data, GeneratedData)
     assert params.sft.learning_rate == 0.0005
     assert list(params.rollout.arms) == ["one", "two"]
+
+
+def test_a_test_sets_path_counts_from_own_tests(tmp_path: Path) -> None:
+    """Several columns may hold the question."""
+    sets = "tests:\n    a: {source: file, file: b/a.csv, question: [Body, Question]}"
+    params = load_params(write(tmp_path, profile=change(PROFILE, "changed: one", f"changed: one\n  {sets}")))
+    test = params.data.tests["a"]
+    assert isinstance(test, FileTest)
+    assert (test.path, test.question, test.answer) == ("tests/b/a.csv", ["Body", "Question"], "answer")
 
 
 HUB = """source: hub
@@ -101,7 +110,7 @@ PROFILE_MISTAKES = {
             HUB,
         ),
         "  train:",
-        "data.train.revision: ",
+        "data.train.revision: must be a commit's whole hash, 40 digits from 0 to f, because a branch moves",
     ),
     "8 arms wanted and 7 given": (
         EIGHT_WANTED_SEVEN_GIVEN,
@@ -166,11 +175,57 @@ PROFILE_MISTAKES = {
         "dpo.loss_weights: at least one must be above 0",
     ),
     "selection between checkpoints": (
-        ("select_steps: 20", "select_steps: 15"),
-        "  select_steps:",
-        "dpo.select_steps: ",
+        ("select: {steps: 20", "select: {steps: 15"),
+        "  select: {steps: 15",
+        "dpo.select.steps: ",
     ),
     "a run's section": (("data:\n", "seed: 4\ndata:\n"), "seed:", "'seed' belongs in params.yaml"),
+    "a test set's bad name": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    my set: {source: file, file: a.jsonl}"),
+        "    my set:",
+        "data.tests.my set: a test set's name begins with a letter or digit",
+    ),
+    "a test set named as a file": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    platinum: {source: file, file: a.jsonl}"),
+        "    platinum:",
+        "data.tests.platinum: data/gsm8k/platinum.jsonl has this name; choose another one",
+    ),
+    "two test sets of one name": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: file, file: a.jsonl}\n    a: 5"),
+        "    a: 5",
+        "not valid YAML",
+    ),
+    "a test set's unknown source": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: files, file: a.jsonl}"),
+        "    a:",
+        "data.tests.a.source: 'files' is unknown; choose one of 'hub', 'file', 'generated'",
+    ),
+    "a test set's unknown key": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: file, file: a.jsonl, gold: x}"),
+        "    a:",
+        "data.tests.a.gold: unknown key",
+    ),
+    "a test set's revision that can move": (
+        (
+            "wrong_labels: 0.1",
+            "wrong_labels: 0.1\n  tests:\n    a: {source: hub, id: b/c, config: d, split: test, revision: main}",
+        ),
+        "    a:",
+        "data.tests.a.revision: ",
+    ),
+    "a test set outside its folder": (
+        ("wrong_labels: 0.1", "wrong_labels: 0.1\n  tests:\n    a: {source: file, file: ../a.jsonl}"),
+        "    a:",
+        "data.tests.a.file: must lie in the folder that own.tests names in params.yaml",
+    ),
+    "a range that ends before it begins": (
+        (
+            "wrong_labels: 0.1",
+            "wrong_labels: 0.1\n  tests:\n    a: {source: generated, start: [50, 40], questions: 9}",
+        ),
+        "    a:",
+        "data.tests.a.start: the range begins at 50 and ends below it, at 40",
+    ),
     "the same key twice": (("  epochs: 1\n", "  epochs: 1\n  epochs: 2\n"), "  epochs: 2", "not valid YAML"),
 }
 
@@ -181,12 +236,14 @@ def test_mistake_in_profile(tmp_path: Path, name: str) -> None:
     pairs, line, words = PROFILE_MISTAKES[name]
     profile = change(PROFILE, *pairs)
     message = refusal(write(tmp_path, profile=profile))
-    assert message.startswith("profiles/small.yaml:") or name == "the same key twice"
+    assert message.startswith("profiles/small.yaml:") or words == "not valid YAML"
     assert words in message
     if line:
         assert f"profiles/small.yaml:{line_of(profile, line)}: " in message
 
 
+SFT_LORA = "checkpoints/sft_lora"
+ROUND = "  {}: {{start: {}, rollout: {{}}, preference: {{}}, dpo: {{}}}}\n"
 RUN_MISTAKES = {
     "unknown key": (
         ("kappa: 1.0", "kapa: 1.0, kappa: 1.0"),
@@ -218,7 +275,52 @@ RUN_MISTAKES = {
     "unknown policy": (
         ("policy: dpo", "policy: rl"),
         "  policy:",
-        "headline.policy: input should be 'base', 'sft'",
+        "headline.policy: choose one of base, sft, dpo (found 'rl')",
+    ),
+    "no last round": (
+        ("  dpo: {start", "  round1: {start"),
+        "rounds:",
+        "rounds.dpo: is missing; the last round is called so",
+    ),
+    "name of another policy": (
+        ("  dpo: {start", ROUND.format("sft", SFT_LORA) + "  dpo: {start"),
+        "  sft: {start",
+        "rounds.sft: is the name of another policy",
+    ),
+    "name that is no file name": (
+        ("  dpo: {start", "  a/b: {start"),
+        "  a/b:",
+        "rounds.a/b: a name must be letters, digits, - and _",
+    ),
+    "start that nothing makes": (
+        ("start: checkpoints/sft_lora", "start: checkpoints/sft"),
+        "  dpo: {start",
+        "rounds.dpo.start: no adapter of this run; choose one of checkpoints/dpo_coherence_lora/dpo, checkpoints/sft",
+    ),
+    "circle": (
+        ("start: checkpoints/sft_lora", "start: checkpoints/dpo_coherence_lora/dpo"),
+        "  dpo: {start",
+        "rounds.dpo.start: a circle",
+    ),
+    "round beside the chain": (
+        ("  dpo: {start", ROUND.format("round1", SFT_LORA) + "  dpo: {start"),
+        "  round1: {start",
+        "rounds.round1: no other round starts from it",
+    ),
+    "policies that are not the rounds": (
+        ("dpo: checkpoints/dpo_coherence_lora/dpo}", "dpo: checkpoints/dpo}"),
+        "policies:",
+        "policies.dpo: must be checkpoints/dpo_coherence_lora/dpo, as rounds go (found 'checkpoints/dpo')",
+    ),
+    "own value that does not fit": (
+        ("preference: {}, dpo: {}", "preference: {}, dpo: {beta: -1}"),
+        "  dpo: {start",
+        "rounds.dpo.dpo.beta: input should be greater than 0",
+    ),
+    "style of a round": (
+        ("rollout: {}", "rollout: {arms: {one: {style: other}}}"),
+        "  dpo: {start",
+        "rounds.dpo.rollout.arms.one.style: style 'other' is not in prompt.styles",
     ),
 }
 
@@ -266,3 +368,29 @@ def test_a_stage_sees_its_own_sections_only(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="dpo"):
         _ = sections.dpo
     assert list(sections.read()) == ["sft", "seed"]
+
+
+def test_a_round_has_values_of_its_own(tmp_path: Path) -> None:
+    """They count for this round alone, wherever it stands in the map, and both are recorded."""
+    first = "checkpoints/dpo_coherence_lora/round1"
+    own = "rollout: {questions: 7, arms: {two: {temperature: 0.5}}}, preference: {}, dpo: {beta: 0.5}"
+    run = change(
+        RUN,
+        ROUND.format("dpo", SFT_LORA),
+        f"  dpo: {{start: {first}, {own}}}\n" + ROUND.format("round1", SFT_LORA),
+        "sft: checkpoints/sft_lora,",
+        f"sft: checkpoints/sft_lora, round1: {first},",
+    )
+    params = load_params(write(tmp_path, run=run))
+    assert params.policy_names == ("base", "sft", "round1", "dpo")
+    assert params.chain == {"round1": "sft", "dpo": "round1"}
+    names = ("dpo", "rollout", "rounds.${key}.dpo", "rounds.${key}.rollout")
+    one, two = (Sections(params, names, name) for name in ("round1", "dpo"))
+    assert (one.dpo.beta, two.dpo.beta) == (0.1, 0.5)
+    assert (one.rollout.arms["two"].temperature, two.rollout.arms["two"].temperature) == (1.0, 0.5)
+    assert two.rollout.arms["two"].top_p == 0.9
+    assert [spec.questions for spec in two.so_far("rollout")] == [10, 7]
+    assert (one.later, two.later) == ("", "dpo")
+    read = two.read()
+    assert read["dpo"]["beta"] == 0.1 and read["rounds"]["dpo"]["dpo"] == {"beta": 0.5}
+    assert "round1" not in read["rounds"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from stages.run import process
-from stages.run.process import ALLOCATORS, fix_arithmetic, prepare_process
+from stages.run.process import ALLOCATORS, computes_bf16, fix_arithmetic, prepare_process
 
 
 @pytest.fixture
@@ -37,3 +38,22 @@ def test_cudnn_attention_is_off_and_the_other_kernels_stay() -> None:
     fix_arithmetic(None, 0)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("fpu sse avx2 avx512f avx512_bf16 avx512_fp16", True),
+        ("fpu sse avx2 amx_bf16 amx_tile amx_int8", True),
+        ("fpu sse avx2 avx512f avx512_vnni", False),
+        (None, False),
+    ],
+)
+def test_bf16_is_computed_where_the_processor_can(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str | None, has: bool
+) -> None:
+    """Linux lists what a processor can; another system has no such list."""
+    monkeypatch.setattr(process, "CPU_INFO", tmp_path / "cpuinfo")
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"model name : x\nflags\t\t: {flags}\n")
+    assert computes_bf16() is has

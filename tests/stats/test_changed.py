@@ -8,7 +8,8 @@ import pytest
 
 from stages.stats.changed import changed_metrics
 from stages.stats.one import bootstrap_interval, wilson
-from stages.stats.paired import compare_changed, mcnemar_p, smallest_visible_difference
+from stages.stats.p_value import mcnemar_p
+from stages.stats.paired import compare_changed, smallest_visible_difference
 
 
 def row(name: int, right: bool, *twins: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from stages.run.errors import UserError
-from stages.stats import one, paired
+from stages.stats import one, p_value, paired
 from tests.stats.rows import policies, row
 
 # --- intervals
@@ -63,8 +63,8 @@ def test_bootstrap_by_counts_is_the_ordinary_bootstrap() -> None:
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_mcnemar_is_the_exact_binomial_test(gained: int, lost: int) -> None:
     expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    assert paired.mcnemar_p(gained, lost) == pytest.approx(expected, rel=1e-9)
-    assert paired.mcnemar_p(gained, lost) == paired.mcnemar_p(lost, gained)
+    assert p_value.mcnemar_p(gained, lost) == pytest.approx(expected, rel=1e-9)
+    assert p_value.mcnemar_p(gained, lost) == p_value.mcnemar_p(lost, gained)
 
 
 @given(st.lists(st.integers(-4, 4), max_size=9))
@@ -72,13 +72,13 @@ def test_sign_flip_is_the_count_over_all_sign_choices(differences: list[int]) ->
     sums = [sum(s * d for s, d in zip(signs, differences, strict=True))
             for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
     expected = sum(abs(s) >= abs(sum(differences)) for s in sums) / len(sums)
-    assert paired.sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
+    assert p_value.sign_flip_p(differences) == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_sign_flip_on_one_sample_is_mcnemar(gained: int, lost: int) -> None:
-    assert paired.sign_flip_p([1] * gained + [-1] * lost + [0] * 5) == pytest.approx(
-        paired.mcnemar_p(gained, lost), rel=1e-9
+    assert p_value.sign_flip_p([1] * gained + [-1] * lost + [0] * 5) == pytest.approx(
+        p_value.mcnemar_p(gained, lost), rel=1e-9
     )
 
 
@@ -86,10 +86,10 @@ def test_sign_flip_drawn_agrees_with_exact() -> None:
     """The drawn version, used only for very large logs, gives the exact p within its noise."""
     rng = np.random.default_rng(0)
     many = np.concatenate([rng.integers(-4, 5, 20_000), np.ones(150, dtype=np.int64)])
-    drawn = paired.sign_flip_p(many, seed=1)  # 20,000 x 44,000 steps: drawn
+    drawn = p_value.sign_flip_p(many, seed=1)  # 20,000 x 44,000 steps: drawn
     normal = 2 * (1 - NormalDist().cdf(abs(many.sum()) / sqrt((many**2).sum())))
     assert drawn == pytest.approx(normal, abs=0.01)
-    assert drawn == paired.sign_flip_p(many, seed=1)
+    assert drawn == p_value.sign_flip_p(many, seed=1)
 
 
 def test_sign_flip_rejects_as_often_as_it_says() -> None:
@@ -98,7 +98,7 @@ def test_sign_flip_rejects_as_often_as_it_says() -> None:
     rejected = 0
     for _ in range(400):
         chance = rng.beta(1, 1, 60)
-        rejected += paired.sign_flip_p(rng.binomial(8, chance) - rng.binomial(8, chance)) <= 0.05
+        rejected += p_value.sign_flip_p(rng.binomial(8, chance) - rng.binomial(8, chance)) <= 0.05
     assert rejected / 400 <= 0.05 + 0.033
 
 
@@ -113,7 +113,7 @@ def test_smallest_visible_difference_has_the_power_it_claims() -> None:
     rng = np.random.default_rng(4)
     gain, loss = (discordance + difference) / 2, (discordance - difference) / 2
     counts = rng.multinomial(n, [gain, loss, 1 - gain - loss], size=2000)
-    power = np.mean([paired.mcnemar_p(int(g), int(lo)) <= 0.05 for g, lo, _ in counts])
+    power = np.mean([p_value.mcnemar_p(int(g), int(lo)) <= 0.05 for g, lo, _ in counts])
     assert abs(power - 0.8) < 0.03
 
 
@@ -354,5 +354,5 @@ def test_compare_properties(kinds: list[tuple[bool, bool]], seed: int) -> None:
 
 
 def test_p_words() -> None:
-    words = [paired.p_words(p) for p in (0.803, 0.0031, 0.003, 1e-9, 1.0)]
+    words = [p_value.p_words(p) for p in (0.803, 0.0031, 0.003, 1e-9, 1.0)]
     assert words == ["p = 0.80", "p = 0.0031", "p = 0.003", "p < 0.0001", "p = 1.00"]

@@ -10,7 +10,8 @@ import pytest
 
 from stages.run.errors import UserError
 from stages.stats.one import BOOTSTRAP_SEED, elected, majority, votes_of
-from stages.stats.paired import mcnemar_p, paired_rates
+from stages.stats.p_value import mcnemar_p
+from stages.stats.paired import paired_rates
 from stages.stats.vote import VoteSummary
 
 

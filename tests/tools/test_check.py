@@ -287,6 +287,20 @@ def test_what_fits_on_this_machine(workplace: Path) -> None:
     assert table["evaluate"][1] == "up to 8"
 
 
+def test_bf16_takes_the_room_of_32_bits_where_the_processor_lacks_it(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 7B: 14 GB of weights or 29, once loaded; on the disk and on a GPU 14 all the same."""
+    use_abel(workplace)
+    gib = []
+    for bf16 in (True, False):
+        monkeypatch.setattr(check, "computes_bf16", lambda bf16=bf16: bf16)
+        gib.append([float(table["rollout"][0].split()[0]) for table in (fits(), fits(80))])
+        assert room()["disk: base model, DVC's copy, training"] == pytest.approx(30, abs=2)
+    (narrow, gpu), (wide, same_gpu) = gib
+    assert wide > 1.5 * narrow and same_gpu == gpu
+
+
 def test_larger_gpus_take_more_rows(workplace: Path) -> None:
     """A 7B: in 80 GiB with its activations kept, in 24 computed again, in 18 fewer rows; in 12 not even the weights."""
     use_abel(workplace)

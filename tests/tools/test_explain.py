@@ -16,7 +16,7 @@ from stages import coherence, preference
 from stages.regime_w import signals
 from stages.run.files import read_jsonl, write_jsonl
 from stages.run.params import load_params
-from stages.run.paths import SCORED
+from stages.run.paths import LAST
 from stages.tools import explain
 from tests.tools.screen import printed, words
 
@@ -46,7 +46,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
             question("bob-17", TEXTS[3:4] * 2, 5),
             question("all", TEXTS[:2], 5),
         ]
-        write_jsonl(Path("data/rollouts.jsonl"), records)
+        write_jsonl(LAST.rollouts, records)
         coherence.main(cores=1)
     return folder
 
@@ -67,8 +67,8 @@ def question(name: str, texts: list[str], tokens: int) -> dict[str, Any]:
     return {"id": name, "question": QUESTION, "gold": "10", "solution": SOLUTION, "trajectories": rows}
 
 
-def picture(name: str = "ann", rollouts: Path = SCORED) -> dict[str, Any]:
-    return explain.explain(explain.find_question(rollouts, name), rollouts, load_params())
+def picture(name: str = "ann", rollouts: Path = LAST.scored) -> dict[str, Any]:
+    return explain.explain(explain.find_question([rollouts], name)[1], rollouts, load_params())
 
 
 def output(name: str = "ann", **options: Any) -> str:
@@ -117,7 +117,7 @@ def test_parts_add_up_to_the_reward(workplace: Path) -> None:
 
 def test_scores_are_the_files_own(workplace: Path) -> None:
     """A private scorer or other parameters may have made them; what params.yaml cannot explain is named."""
-    record = next(read_jsonl(SCORED))
+    record = next(read_jsonl(LAST.scored))
     record["trajectories"][0]["s_wm"] = 0.125
     write_jsonl(Path("mine.jsonl"), [record])
     assert picture("ann", Path("mine.jsonl"))["trajectories"][0]["s_wm"] == 0.125
@@ -148,7 +148,7 @@ def test_printed(workplace: Path, width: int, tables: int) -> None:
 
 
 def test_pairs_and_why_not_more(workplace: Path) -> None:
-    """What params.yaml makes of the question, and the reasons by their names in metrics/preference.json."""
+    """What params.yaml makes of the question, and the reasons by their names in metrics/preference/."""
     made = picture()["pairs"]
     assert [pair["chosen_id"] for pair in made["coherence"]["made"]] == ["ann/0"]
     text = output()
@@ -220,6 +220,6 @@ def test_command_line(workplace: Path) -> None:
     wrong = run("explain", "anne")
     assert wrong.returncode == 1 and wrong.stdout == ""
     assert wrong.stderr.startswith(
-        "error: data/regime_w_rollouts.jsonl: no question 'anne'; the nearest ids are"
+        "error: data/regime_w_rollouts/dpo.jsonl: no question 'anne'; the nearest ids are"
     )
     assert wrong.stderr.count("\n") == 1

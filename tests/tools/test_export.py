@@ -28,7 +28,8 @@ from stages.policy.adapter import adapter_config, adapter_weights, load_policy, 
 from stages.run.errors import UserError
 from stages.run.files import read_jsonl, write_json, write_jsonl
 from stages.run.params import load_params
-from stages.run.paths import ADAPTERS, BASE, DPO_ADAPTER, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL
+from stages.run.paths import BASE, LAST, PLATINUM, PLATINUM_DETAILS, PLATINUM_EVAL
+from stages.run.rounds import adapter_of, trainer_of
 from stages.run.stage import write_manifest
 from stages.stats.one import summarise
 from stages.text.answers import read_answer
@@ -42,9 +43,10 @@ CHAT_PROMPT = {
     "completion": "<think>\n{solution}",
 }  # fmt: skip
 WEIGHTS = "adapter_model.safetensors"
+POLICIES = ("base", "sft", "dpo")
 
 
-def make(root: Path, policies: Iterable[str] = ADAPTERS, **options: Any) -> None:
+def make(root: Path, policies: Iterable[str] = POLICIES, **options: Any) -> None:
     """A run by hand in `root`: random base and adapters, evaluated, with the manifests a run writes."""
     model = make_project(root, **options)
     with contextlib.chdir(root):
@@ -66,16 +68,16 @@ def _make_checkpoints(model: Any) -> None:
     write_manifest({"stage": "prepare", "params": {"data": data}, "inputs": {}}, [PLATINUM.parent])
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = get_peft_model(model, lora)
-    for stage, folder in ADAPTERS.items():
-        if folder:
+    for policy in POLICIES:
+        if folder := adapter_of(policy):
             for name, weight in tuned.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(weight, std=0.05)
-            folder.mkdir()
+            folder.mkdir(parents=True)
             save_adapter(adapter_weights(tuned), adapter_config(tuned), folder)
-            used = {name: sections[name] for name in (stage, "prompt", "seed")}
+            used = {name: sections[name] for name in (policy, "prompt", "seed")}
             inputs = {BASE.as_posix(): sha256(BASE)}
-            write_manifest({"stage": stage, "params": used, "inputs": inputs}, [folder])
+            write_manifest({"stage": trainer_of(policy), "params": used, "inputs": inputs}, [folder])
 
 
 def sha256(path: Path) -> str:
@@ -86,7 +88,7 @@ def _make_evaluations(policies: Iterable[str]) -> None:
     """Greedy answers as the evaluation makes them; the verdicts are made up, so that there are some of both."""
     sections = load_params().model_dump(mode="json")
     for policy in policies:
-        place, adapter = list(ADAPTERS).index(policy), ADAPTERS[policy]
+        place, adapter = POLICIES.index(policy), adapter_of(policy)
         rows = []
         for number, (text, tokens, finish) in enumerate(greedy(adapter, QUESTIONS)):
             answer, correct = read_answer(text, QUESTIONS[number]).answer, number <= 2 * place
@@ -199,9 +201,9 @@ def test_changed_weights_are_not_exported_and_changed_parents_are_told(project: 
     assert any(PLATINUM.as_posix() in link for link in facts["broken"])
     assert f"WARNING {PLATINUM}" in printed
     assert "Take the settings below with care" in card
-    weights = DPO_ADAPTER / WEIGHTS
+    weights = LAST.adapter / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors, written by dpo, differs"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors, written by dpo@dpo, differs"):
         exported(tmp_path / "b")
     assert exported(tmp_path / "b", policy="sft", questions=0)[0]["policy"] == "sft"
     write_manifest({"stage": "base", "params": {}, "inputs": {}}, [BASE])  # built again, as another one
@@ -237,7 +239,7 @@ def test_the_sum_is_made_in_32_bits_and_rounded_once(
         written |= load_file(file)
         assert file.stat().st_size < 40_000
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: base}[precision]
-    adapter = load_file(DPO_ADAPTER / WEIGHTS)
+    adapter = load_file(LAST.adapter / WEIGHTS)
     before = load_file(BASE / "model.safetensors")
     assert written.keys() == before.keys()
     assert facts["parameters"] == sum(weight.numel() for weight in before.values())
@@ -337,15 +339,15 @@ def test_what_a_killed_export_left_is_removed(project: Path, tmp_path: Path) -> 
 
 def test_checkpoints_that_cannot_be_exported(project: Path, tmp_path: Path) -> None:
     """Of another version of the project, without a manifest, and not here at all."""
-    manifest = DPO_ADAPTER / "manifest.json"
+    manifest = LAST.adapter / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "params": {"prompt": {"template": "{question}"}}}))
     with pytest.raises(UserError, match="dpo was made by another version of this project"):
         exported(tmp_path / "a")
     manifest.unlink()
-    with pytest.raises(UserError, match=r"dpo_coherence_lora: has no manifest\.json"):
+    with pytest.raises(UserError, match=r"dpo_coherence_lora/dpo: has no manifest\.json"):
         exported(tmp_path / "a")
-    shutil.rmtree(DPO_ADAPTER)
-    with pytest.raises(UserError, match="lora: is missing; run `dvc repro` to train it, or `dvc pull`"):
+    shutil.rmtree(LAST.adapter)
+    with pytest.raises(UserError, match="lora/dpo: is missing; run `dvc repro` to train it, or `dvc pull`"):
         exported(tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -174,12 +174,12 @@ def test_a_training_row_beyond_the_context(made: Path) -> None:
 def test_the_selection_and_ask_refuse_one(made: Path) -> None:
     run: Any = SimpleNamespace(params=load_params(), work=made)
     tokenizer = load_tokenizer()
-    Selection(run, tokenizer, {}, lambda model: None)  # type: ignore[arg-type, return-value]
+    Selection(run, "dpo", tokenizer, {}, lambda model: None)  # type: ignore[arg-type, return-value]
     write_jsonl(VALID, [row("valid-0", 45)])
     with pytest.raises(
-        UserError, match=r"valid\.jsonl: 1 question too long for .+ \(with dpo\.select_max_new_tokens, 64"
+        UserError, match=r"valid\.jsonl: 1 question too long for .+ \(with dpo\.select\.max_new_tokens, 64"
     ):
-        Selection(run, tokenizer, {}, lambda model: None)  # type: ignore[arg-type, return-value]
+        Selection(run, "dpo", tokenizer, {}, lambda model: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(
         UserError, match=r"ask: the question has 1,\d\d\d tokens with its prompt, which with 64 new ones"
     ):

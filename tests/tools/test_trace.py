@@ -19,10 +19,11 @@ import pytest
 from stages.policy.request import request_seed
 from stages.run.errors import UserError
 from stages.run.files import jsonl_line, write_jsonl
-from stages.run.history import ALIKE, AS_RECORDED, DIFFERS, MADE_BY, UNCHECKED, UNLIKE
-from stages.run.paths import PAIRS, ROLLOUTS, SCORED
+from stages.run.history import ALIKE, AS_RECORDED, DIFFERS, UNCHECKED, UNLIKE, made_by
+from stages.run.paths import LAST
 from stages.run.stage import manifest_path, write_manifest
 from stages.tools import trace
+from tests.policy import SMALL
 from tests.tools.screen import printed, words
 
 PAIR = "q1/0>1"
@@ -39,13 +40,13 @@ READS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "prepare": ([], {"seed": SEED, "data": {"source": "generated"}}),
     "base": ([], {"model": {"source": "hub", "id": "a/b", "revision": "c0ffee"}}),
     "sft": ([TRAIN, BASE], {"sft": {"lora": {"r": 4}}, "seed": SEED}),
-    "rollout": ([TRAIN, BASE, SFT], {"rollout": {"per_question": 2, "arms": ARMS}, "seed": SEED}),
-    "coherence": ([ROLLOUTS.as_posix()], {"regime_w": {"weights": {"s_end": 0.5}}}),
-    "preference": ([SCORED.as_posix()], {"preference": {"correctness": {"per_question": 4}}}),
-    "dpo": ([PAIRS.as_posix(), BASE, SFT], {"dpo": {"beta": 0.1, "max_tokens": 256}, "seed": SEED}),
+    "rollout@dpo": ([TRAIN, BASE, SFT], {"rollout": {"per_question": 2, "arms": ARMS}, "seed": SEED}),
+    "coherence@dpo": ([LAST.rollouts.as_posix()], {"regime_w": {"weights": {"s_end": 0.5}}}),
+    "preference@dpo": ([LAST.scored.as_posix()], {"preference": {"correctness": {"per_question": 4}}}),
+    "dpo@dpo": ([LAST.pairs.as_posix(), BASE, SFT], {"dpo": {"beta": 0.1, "max_tokens": 256}, "seed": SEED}),
     "evaluate@base": (["data/gsm8k/platinum.jsonl", BASE], EVALUATE),
     "evaluate@sft": (["data/gsm8k/platinum.jsonl", BASE, SFT], EVALUATE),
-    "evaluate@dpo": (["data/gsm8k/platinum.jsonl", BASE, "checkpoints/dpo_coherence_lora"], EVALUATE),
+    "evaluate@dpo": (["data/gsm8k/platinum.jsonl", BASE, "checkpoints/dpo_coherence_lora/dpo"], EVALUATE),
 }
 DRAWN = [
     {"id": f"q1/{pull}", "arm": arm, "style": "plain", "text": f"#### {pull}", "tokens": 4 + pull,
@@ -79,13 +80,13 @@ def contents(stage: str) -> dict[str, Any]:
         "prepare": {TRAIN: {"id": "q1"}, "data/gsm8k/platinum.jsonl": {"id": "p1"}},
         "base": {f"{BASE}/model.safetensors": b"base"},
         "sft": {f"{SFT}/adapter_model.safetensors": b"sft"},
-        "dpo": {
-            "checkpoints/dpo_coherence_lora/adapter_model.safetensors": b"dpo",
-            "metrics/curves/dpo_selection.csv": b"step,score\n0,0.5\n8,0.6\n16,0.6\n",
+        "dpo@dpo": {
+            "checkpoints/dpo_coherence_lora/dpo/adapter_model.safetensors": b"dpo",
+            "metrics/kept/dpo.json": b'{"kept": 8, "last": 16}',
         },
-        "rollout": {ROLLOUTS.as_posix(): {**question, "trajectories": DRAWN}},
-        "coherence": {SCORED.as_posix(): {**question, "trajectories": scored}},
-        "preference": {PAIRS.as_posix(): TRAINED_ON},
+        "rollout@dpo": {LAST.rollouts.as_posix(): {**question, "trajectories": DRAWN}},
+        "coherence@dpo": {LAST.scored.as_posix(): {**question, "trajectories": scored}},
+        "preference@dpo": {LAST.pairs.as_posix(): TRAINED_ON},
     }
     return made.get(stage) or {f"data/platinum_eval/{stage.partition('@')[2]}.jsonl": ASKED}
 
@@ -95,8 +96,8 @@ def record_stage(stage: str) -> None:
     reads, params = READS[stage]
     files = {name: Path(name) / "manifest.json" if Path(name).is_dir() else Path(name) for name in reads}
     inputs = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    others = [Path(name) for name in contents(stage) if not name.startswith(MADE_BY[stage].as_posix())]
-    write_manifest({"stage": stage, "params": params, "inputs": inputs}, [MADE_BY[stage], *others])
+    others = [Path(name) for name in contents(stage) if not name.startswith(made_by()[stage].as_posix())]
+    write_manifest({"stage": stage, "params": params, "inputs": inputs}, [made_by()[stage], *others])
 
 
 def lock() -> None:
@@ -110,7 +111,7 @@ def lock() -> None:
 
     stages = {}
     for stage, (reads, params) in READS.items():
-        output = MADE_BY[stage]
+        output = made_by()[stage]
         outs = [output.as_posix(), *([manifest_path(output).as_posix()] if output.is_file() else [])]
         deps = [*map(entry, reads), {"path": "stages/x.py", "md5": "0"}]
         stages[stage] = {"outs": [*map(entry, outs)], "deps": deps, "params": {"profiles/own.yaml": params}}
@@ -120,6 +121,7 @@ def lock() -> None:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A whole run."""
+    shutil.copytree(SMALL, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for stage in READS:
         for name, what in contents(stage).items():
@@ -156,7 +158,7 @@ def test_a_pair_back_to_its_arms_and_seeds(run: Path) -> None:
     # What one stage names, another one made.
     read = {link.path: link.recorded for link in steps["dpo"].links if link.role == "read"}
     assert read["checkpoints/sft_lora"] == steps["sft"].identity
-    assert read["data/coherence_preferences.jsonl"] == steps["preference"].identity
+    assert read["data/coherence_preferences/dpo.jsonl"] == steps["preference"].identity
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -194,29 +196,29 @@ def trained_again() -> None:
 
 
 def absent_and_drawn_again() -> None:
-    write_jsonl(Path("data/rollouts.jsonl"), [{"id": "other"}])
-    record_stage("rollout")
-    Path("data/rollouts.jsonl").unlink()
+    write_jsonl(Path("data/rollouts/dpo.jsonl"), [{"id": "other"}])
+    record_stage("rollout@dpo")
+    Path("data/rollouts/dpo.jsonl").unlink()
     Path("dvc.lock").unlink()
 
 
 def lock_of_another_run() -> None:
-    change_lock("rollout", "outs", "data/rollouts.manifest.json")
+    change_lock("rollout@dpo", "outs", "data/rollouts/dpo.manifest.json")
 
 
 def absent_and_two_in_the_lock() -> None:
-    change_lock("dpo", "deps", "checkpoints/sft_lora")
-    for folder in ("dpo_coherence_lora", "sft_lora"):
+    change_lock("dpo@dpo", "deps", "checkpoints/sft_lora")
+    for folder in ("dpo_coherence_lora/dpo", "sft_lora"):
         shutil.rmtree(Path("checkpoints") / folder)
 
 
 CHANGES = [
-    (lambda: PAIRS.write_text("{}"), "p1", "dpo", "data/coherence_preferences.jsonl", DIFFERS),
+    (lambda: LAST.pairs.write_text("{}"), "p1", "dpo@dpo", "data/coherence_preferences/dpo.jsonl", DIFFERS),
     (other_weights, "p1", "base", "checkpoints/base/model.safetensors", DIFFERS),
-    (trained_again, "p1", "dpo", "checkpoints/sft_lora", DIFFERS),
-    (lock_of_another_run, "q1", "rollout", "data/rollouts.manifest.json", DIFFERS),
-    (absent_and_drawn_again, "q1", "coherence", "data/rollouts.jsonl", UNLIKE),
-    (absent_and_two_in_the_lock, PAIR, "dpo", "checkpoints/sft_lora", UNLIKE),
+    (trained_again, "p1", "dpo@dpo", "checkpoints/sft_lora", DIFFERS),
+    (lock_of_another_run, "q1", "rollout@dpo", "data/rollouts/dpo.manifest.json", DIFFERS),
+    (absent_and_drawn_again, "q1", "coherence@dpo", "data/rollouts/dpo.jsonl", UNLIKE),
+    (absent_and_two_in_the_lock, PAIR, "dpo@dpo", "checkpoints/sft_lora", UNLIKE),
 ]
 
 
@@ -242,53 +244,55 @@ def test_a_record_that_is_not_its_trajectorys(run: Path) -> None:
             record_stage(later)
         lock()
 
-    again("rollout", "data/rollouts.jsonl", lambda row: row["trajectories"][1].update(seed=7))
+    again("rollout@dpo", "data/rollouts/dpo.jsonl", lambda row: row["trajectories"][1].update(seed=7))
     found = trace.trace(PAIR)
     assert found["broken"] == [
-        "data/rollouts.jsonl (rejected as drawn), read by pair, differs from what lies here now"
+        "data/rollouts/dpo.jsonl (rejected as drawn), read by pair, differs from what lies here now"
     ]
-    again("coherence", "data/regime_w_rollouts.jsonl", lambda row: row["trajectories"][1].update(seed=7))
+    again(
+        "coherence@dpo", "data/regime_w_rollouts/dpo.jsonl", lambda row: row["trajectories"][1].update(seed=7)
+    )
     assert [words.partition(",")[0] for words in trace.trace(PAIR)["broken"]] == ["rejected seed"]
-    again("preference", "data/coherence_preferences.jsonl", lambda row: row.update(chosen_reward=9.0))
+    again("preference@dpo", "data/coherence_preferences/dpo.jsonl", lambda row: row.update(chosen_reward=9.0))
     assert len(trace.trace(PAIR)["broken"]) == 2
 
 
 def test_what_is_not_here_is_said_and_compared_by_what_both_ends_recorded(run: Path) -> None:
-    for name in ("base", "sft_lora", "dpo_coherence_lora"):
+    for name in ("base", "sft_lora", "dpo_coherence_lora/dpo"):
         shutil.rmtree(Path("checkpoints") / name)
-    Path("data/rollouts.jsonl").unlink()
+    Path("data/rollouts/dpo.jsonl").unlink()
     found = states(trace.trace("p1"))
-    assert found["evaluate@dpo", "checkpoints/dpo_coherence_lora"] == ALIKE
-    assert found["dpo", "checkpoints/sft_lora"] == ALIKE  # both by dvc.lock
-    assert found["dpo", "data/coherence_preferences.jsonl"] == AS_RECORDED  # by its md5
-    assert found["coherence", "data/rollouts.jsonl"] == ALIKE  # its manifest is here
+    assert found["evaluate@dpo", "checkpoints/dpo_coherence_lora/dpo"] == ALIKE
+    assert found["dpo@dpo", "checkpoints/sft_lora"] == ALIKE  # both by dvc.lock
+    assert found["dpo@dpo", "data/coherence_preferences/dpo.jsonl"] == AS_RECORDED  # by its md5
+    assert found["coherence@dpo", "data/rollouts/dpo.jsonl"] == ALIKE  # its manifest is here
     assert found["base", "checkpoints/base"] == UNCHECKED
-    assert states(trace.trace(PAIR))["pair", "data/rollouts.jsonl (chosen as drawn)"] == UNCHECKED
+    assert states(trace.trace(PAIR))["pair", "data/rollouts/dpo.jsonl (chosen as drawn)"] == UNCHECKED
     text = words(printed(trace.main, PAIR))
     assert "(no manifest here; by dvc.lock)" in text and "was trained on this pair" in text
     assert "could not be: their files are not here" in text
     Path("dvc.lock").unlink()
     steps = [step.stage for step in trace.trace("q1")["steps"]]
-    assert steps == ["preference", "coherence", "rollout", "prepare"]
+    assert steps == ["preference@dpo", "coherence@dpo", "rollout@dpo", "prepare"]
     assert "does not say whether a DPO adapter was trained on this pair" in words(printed(trace.main, PAIR))
 
 
 def test_step_zero_is_the_sft_adapter(run: Path) -> None:
-    Path("metrics/curves/dpo_selection.csv").write_text("step,score\n0,1\n8,0.6\n")
-    record_stage("dpo")
+    Path("metrics/kept/dpo.json").write_text('{"kept": 0, "last": 16}')
+    record_stage("dpo@dpo")
     assert "the SFT adapter itself, so no pair changed it" in trace.trace(PAIR)["notes"][-1]
 
 
 def test_records_edited_by_hand(run: Path) -> None:
     """Whatever stands in them, something is shown and the chain is broken."""
     for path, change in (
-        ("data/rollouts.jsonl", {"trajectories": [7, {}, {"id": "q1/0", "seed": "x", "text": 3}]}),
+        ("data/rollouts/dpo.jsonl", {"trajectories": [7, {}, {"id": "q1/0", "seed": "x", "text": 3}]}),
         (
-            "data/regime_w_rollouts.jsonl",
+            "data/regime_w_rollouts/dpo.jsonl",
             {"trajectories": [None, {"id": "q1/0", "s_wm": "?", "correct": "no"}]},
         ),
         ("data/platinum_eval/dpo.jsonl", {"samples": [3, {}], "answer": [1]}),
-        ("data/coherence_preferences.jsonl", {"margin": "wide", "chosen_reward": None}),
+        ("data/coherence_preferences/dpo.jsonl", {"margin": "wide", "chosen_reward": None}),
     ):
         (row,) = map(json.loads, Path(path).read_text().splitlines())
         write_jsonl(Path(path), [{**row, **change}])
@@ -326,6 +330,8 @@ def test_missing_and_damaged_files(run: Path) -> None:
     shutil.rmtree("data/platinum_eval")
     with pytest.raises(UserError, match=r"data/platinum_eval/dpo\.jsonl; `dvc pull` fetches"):
         trace.main("p1")
-    Path("data/coherence_preferences.jsonl").unlink()
-    with pytest.raises(UserError, match=r"not here: data/coherence_preferences\.jsonl; `dvc pull` fetches"):
+    Path("data/coherence_preferences/dpo.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"not here: data/coherence_preferences/dpo\.jsonl; `dvc pull` fetches"
+    ):
         trace.main(PAIR)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
+from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_args
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, SFTConfig
 from trl.trainer.utils import use_adapter
 
-from stages import dpo, sft
+from stages import sft
 from stages.engine.load import engine_around
+from stages.policy import adapter as policy_adapter
 from stages.policy.adapter import (
     adapter_config,
     adapter_weights,
@@ -31,11 +33,19 @@ from stages.policy.adapter import (
 )
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
+from stages.run.files import read_json, read_jsonl, write_jsonl
 from stages.run.params import Dpo, Lora, Prompt, load_params
-from stages.run.paths import BASE, PAIRS, TRAIN
+from stages.run.paths import BASE, LAST, ROOT, TRAIN, VALID
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
-from stages.train.pair_trainer import PairTrainer, assert_reference, assert_same_start
+from stages.train.pair_trainer import (
+    PairTrainer,
+    assert_reference,
+    assert_same_start,
+    set_reference,
+)
+from stages.train.pairs import build_rows, pair_length
+from stages.train.selection import Selection
 from stages.train.trainer import (
     InputsAsTheyAre,
     Rows,
@@ -58,7 +68,7 @@ LORA = Lora(r=4, alpha=8, dropout=0.05)
 SFT = load_params(SMALL).sft.model_copy(
     update={**TRAINING, "examples": None, "styles": ["plain", "short"], "lora": LORA}
 )
-DPO = load_params(SMALL).dpo.model_copy(update={**TRAINING, "select_steps": 100})
+DPO = load_params(SMALL).dpo.model_copy(update=TRAINING)
 LOSSES: tuple[dict[str, float], ...] = (
     {"sigmoid": 1.0}, {"sigmoid_norm": 1.0}, {"ipo": 1.0}, {"sft": 1.0}, {"sigmoid": 1.0, "sft": 0.5},
 )  # fmt: skip
@@ -119,7 +129,7 @@ def project(tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch) 
     BASE.symlink_to(base_folder)  # where PEFT looks for the base model's config
     for path, rows in {
         TRAIN: [*PROBLEMS, TOO_LONG],
-        PAIRS: [
+        LAST.pairs: [
             {"prompt": row["question"], "chosen": row["solution"], "rejected": "#### 7", "rejected_finish": end}
             for row, end in zip(PROBLEMS, ["stop", "length"] * 4, strict=True)
         ],
@@ -187,14 +197,14 @@ def dpo_trainer(
 ) -> tuple[Any, list[dict[str, list[int]]]]:
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
     model, tokenizer = load_policy(adapter, base_folder, trainable=True)
-    rows, _ = dpo.build_rows(project, tokenizer)
+    rows, _ = build_rows(LAST.pairs, DPO.max_tokens, PROMPT, tokenizer)
     arguments = trainer_arguments(DPO, 3, model, at_once, project.work) | {"save_strategy": "no"}
     trainer = PairTrainer(
         model=model,
         args=DPOConfig(
             **arguments, beta=DPO.beta, loss_type=list(losses), loss_weights=list(losses.values())
         ),
-        train_dataset=training_set(rows, [dpo.pair_length(row) for row in rows], DPO, 3),
+        train_dataset=training_set(rows, [pair_length(row) for row in rows], DPO, 3),
         processing_class=tokenizer,
     )
     return trainer, rows
@@ -262,7 +272,7 @@ def test_the_opening_is_in_the_prompts_tokens_and_not_in_the_completions() -> No
 def test_a_rejected_text_that_was_cut_off_has_no_end(project: SimpleNamespace) -> None:
     """The policy wrote no end token there, so DPO must not make one less likely."""
     tokenizer = byte_level()
-    rows, too_long = dpo.build_rows(project, tokenizer)
+    rows, too_long = build_rows(LAST.pairs, DPO.max_tokens, PROMPT, tokenizer)
     assert (len(rows), too_long) == (8, 0)
     assert all(row["chosen_ids"][-1] == tokenizer.eos_token_id for row in rows)
     ended = [row["rejected_ids"][-1] == tokenizer.eos_token_id for row in rows]
@@ -347,6 +357,65 @@ def test_the_rows_of_a_pass_change_nothing_that_is_learned(
             torch.testing.assert_close(adapter[name], weight, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_rows_end_to_end_learn_what_padded_rows_learn(
+    project: SimpleNamespace,
+    base_folder: Path,
+    sft_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    kernel: bool,
+) -> None:
+    """bench/padding_free.py, with the mask of a CPU, and with a stand-in for the kernel that only a GPU has."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    padding_free = importlib.import_module("padding_free")
+    borders_seen = []
+
+    def stand_in(
+        query: Any, key: Any, value: Any, borders: Any, borders_k: Any, *longest: int, **how: Any
+    ) -> Any:
+        assert how["window_size"] == (-1, 0) and how["enable_gqa"]
+        assert torch.equal(borders, borders_k) and borders.dtype == torch.int32
+        assert longest == (int(borders.diff().max()),) * 2 and borders[-1] == len(query) == len(key)
+        borders_seen.append(borders.tolist())
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(one[a:b].transpose(0, 1)[None] for one in (query, key, value)),
+                is_causal=True, scale=how["scale"], enable_gqa=True,
+            )[0].transpose(0, 1)
+            for a, b in pairwise(borders.tolist())
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    losses, adapters = [], []
+    for without in (False, True):
+        trainer: Any
+        if phase == "sft":
+            trainer = sft_trainer(project, base_folder)
+        else:
+            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, 0.5)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # what it drops depends on where a token lies
+        widths = []
+        if without:
+            padding_free.without_padding(trainer.model)
+            if kernel:
+                padding_free.use_kernel(trainer.model)
+            layer = trainer.model.get_base_model().base_model.layers[0]
+            layer.register_forward_pre_hook(lambda _, given, seen=widths: seen.append(given[0].shape[:2]))
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        adapters.append(adapter_weights(trainer.model))
+    assert widths and all(rows == 1 for rows, _ in widths)
+    assert bool(borders_seen) == kernel
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], weight, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("phase", ["sft", "dpo"])
 def test_inputs_as_they_are_change_no_number(
     project: SimpleNamespace,
@@ -357,6 +426,7 @@ def test_inputs_as_they_are_change_no_number(
     phase: str,
 ) -> None:
     """The adapter's layers take bf16 in place of 32 bits, and learn the same to the last bit."""
+    monkeypatch.setattr(policy_adapter, "computes_bf16", lambda: True)
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
@@ -407,9 +477,14 @@ def test_dpo_starts_at_its_reference_which_does_not_move(
 
 
 def test_step_0_is_scored_in_the_arithmetic_of_later_steps(
-    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, tmp_path: Path
+    project: SimpleNamespace,
+    base_folder: Path,
+    sft_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Training wraps the forward pass of the model in autocast for good; what is generated stays the same."""
+    monkeypatch.setattr(policy_adapter, "computes_bf16", lambda: True)
     half = tmp_path / "half"
     model, tokenizer = load_base(base_folder)
     model.to(torch.bfloat16).save_pretrained(half)
@@ -451,9 +526,31 @@ def test_a_reference_that_moved_is_found(
     name, weight = next((n, w) for n, w in trainer.model.named_parameters() if ".ref." in n and "lora_B" in n)
     with torch.no_grad():
         weight[0, 0] += 1e-3
-    with pytest.raises(RuntimeError, match=r"reference is not the SFT adapter") as found:
+    with pytest.raises(RuntimeError, match=r"reference is not .*adapter: ") as found:
         assert_reference(trainer.model, sft_adapter)
     assert name.split(".ref.")[0] in str(found.value)
+
+
+def test_a_later_round_may_have_sft_as_its_reference(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, tmp_path: Path
+) -> None:
+    """Its policy starts where the round before ended, and its reference is SFT, which does not move."""
+    first, _ = dpo_trainer(project, base_folder, sft_adapter)
+    first.train()
+    start = tmp_path / "round1"
+    start.mkdir()
+    save_adapter(adapter_weights(first.model), adapter_config(first.model), start)
+    trainer, rows = dpo_trainer(project, base_folder, start)
+    assert_reference(trainer.model, start)
+    assert_same_start(trainer, rows)
+    set_reference(trainer.model, sft_adapter)
+    with pytest.raises(RuntimeError, match="reference is not"):
+        assert_reference(trainer.model, start)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] != pytest.approx(0.693147, abs=1e-3)
+    assert_reference(trainer.model, sft_adapter)
+    policy, saved = adapter_weights(trainer.model), read_adapter(start)
+    assert all(not torch.equal(saved[name], policy[name]) for name in saved)
 
 
 # ---- Losses --------------------------------------------------------------------------------------------
@@ -497,10 +594,10 @@ def test_each_loss_is_that_of_its_paper_at_every_step(
     project: SimpleNamespace, base_folder: Path, sft_adapter: Path, losses: dict[str, float]
 ) -> None:
     """In two steps, the second of which finds a policy that has left its reference. Completions differ in length."""
-    pairs = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+    pairs = list(read_jsonl(LAST.pairs, {"chosen": str}))
     for at, pair in enumerate(pairs):
         pair["chosen"] = "1+1=2. " * (at % 3) + pair["chosen"]
-    PAIRS.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    write_jsonl(LAST.pairs, pairs)
     trainer, rows = dpo_trainer(project, base_folder, sft_adapter, losses, WHOLE)
     without_dropout(trainer.model)
     order = training_order(len(rows), DPO.batch, DPO.epochs, 3)
@@ -539,6 +636,108 @@ def test_sft_alone_computes_the_chosen_answers_and_nothing_else(
     trainer.compute_loss(trainer.model, batch)
     assert given == [(1, len(row["prompt_ids"]) + len(row["chosen_ids"]))]
     assert batch["input_ids"].shape[1] > given[0][1]
+
+
+# ---- Which step is kept --------------------------------------------------------------------------------
+
+
+def select(project: SimpleNamespace, trainer: Any, engine_of: Callable[[Any], Any], **over: Any) -> Selection:
+    """The selection of the SFT stage, after training. Every problem's gold is 7."""
+    write_jsonl(VALID, [{"id": str(i), "gold": "7", **row} for i, row in enumerate(PROBLEMS)])
+    spec = SFT.select.model_copy(update={"questions": len(PROBLEMS), "steps": 1, **over})
+    project.params.sft = SFT.model_copy(update={"select": spec})
+    selection = Selection(project, "sft", trainer.processing_class, adapter_config(trainer.model), engine_of)
+    selection.train(trainer, None)
+    return selection
+
+
+def real_engine(model: Any) -> Any:
+    return engine_around(model, byte_level(), load_params(SMALL).hardware)
+
+
+class Answers:
+    """An engine that answers so many requests rightly at each look, and none at the first one."""
+
+    def __init__(self, right: list[int]) -> None:
+        self.right, self.seen = [0, *right], [dict[str, torch.Tensor]()]
+
+    def __call__(self, model: Any) -> Answers:
+        self.seen.append(adapter_weights(model))
+        return self
+
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        tokens = [byte_level()(f"#### {answer}", add_special_tokens=False)["input_ids"] for answer in (7, 8)]
+        right = self.right[len(self.seen) - 2]
+        return [
+            Completion(request.id, tuple(tokens[place >= right]), "stop", 0.0)
+            for place, request in enumerate(requests)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_zero_step_answers_as_the_base_and_can_be_trained(
+    project: SimpleNamespace, base_folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """No answer is right, so SFT keeps step 0: B is zero, A is not, and each answer is the base's."""
+    base = tmp_path / "base"
+    model, tokenizer = load_base(base_folder)
+    model.to(dtype).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    trainer = sft_trainer(project, base)
+    adapter, curve, kept = tmp_path / "zero", tmp_path / "curve.csv", tmp_path / "kept.json"
+    judged = select(project, trainer, real_engine).write(adapter, curve, kept, "the base policy")
+    assert (judged["kept"], judged["looks"], judged["last"]) == (0, 2, 2)
+    assert read_json(kept) == judged and judged["start"] == "the base policy"
+    assert [line.split(",")[0] for line in curve.read_text().splitlines()] == ["step", "0", "1", "2"]
+    trained, weights = adapter_weights(trainer.model), read_adapter(adapter)
+    for name, weight in weights.items():
+        assert bool(weight.any()) == ("lora_A" in name)
+        assert not torch.equal(weight, trained[name])
+
+    requests = [
+        Request(str(i), tuple(prompt_ids(tokenizer, PROMPT, row["question"])), 20, i % 2, seed=i)
+        for i, row in enumerate(PROBLEMS)
+    ]
+
+    def answers(folder: Path | None) -> list[Completion]:
+        return sorted(real_engine(load_policy(folder, base)[0]).generate(requests), key=lambda one: one.id)
+
+    for one, other in zip(answers(adapter), answers(None), strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprob == pytest.approx(other.logprob, rel=1e-6)  # rounding; stages fix MKL's (MKL_CBWR)
+    further, _ = dpo_trainer(project, base, adapter)
+    further.train()
+    assert all(weight.any() for weight in adapter_weights(further.model).values())
+
+
+def test_the_best_step_is_kept_where_the_test_supports_it(
+    project: SimpleNamespace, base_folder: Path, tmp_path: Path
+) -> None:
+    """Of 0, 8 and 5 right answers step 1 is the best: eight changes for the better, p = 2 / 2^8."""
+    for level, wanted in ((0.01, 1), (0.005, 0)):
+        project.work = tmp_path / str(level)
+        answers = Answers([8, 5])
+        selection = select(project, sft_trainer(project, base_folder), answers, samples=0, level=level)
+        judged = selection.write(
+            tmp_path / "kept", tmp_path / "c.csv", tmp_path / "k.json", "the base policy"
+        )
+        assert (judged["kept"], judged["p"]) == (wanted, 2 / 2**8)
+        saved = read_adapter(tmp_path / "kept")
+        assert all(torch.equal(saved[name], weight) for name, weight in answers.seen[1 + wanted].items())
+
+
+def test_looks_change_nothing_that_is_learned(project: SimpleNamespace, base_folder: Path) -> None:
+    """Not even what dropout drops: else a run that was killed between a look and a checkpoint would learn otherwise."""
+    assert SFT.lora.dropout > 0
+    adapters = []
+    for steps in (1, 100):
+        project.work = project.work.with_name(f"every-{steps}")
+        trainer = sft_trainer(project, base_folder)
+        selection = select(project, trainer, real_engine, steps=steps)
+        adapters.append((adapter_weights(trainer.model), len(selection.rows)))
+    (often, looks), (seldom, few) = adapters
+    assert (looks, few) == (3, 2)
+    assert all(torch.equal(weight, seldom[name]) for name, weight in often.items())
 
 
 # ---- What is saved -------------------------------------------------------------------------------------
