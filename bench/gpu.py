@@ -657,7 +657,7 @@ def make_trainer(
     from stages.dpo import pair_length
     from stages.launch.attempt import fit_rows
     from stages.sft import RowTrainer
-    from stages.train.pair_trainer import PairTrainer, split_losses
+    from stages.train.pair_trainer import PairTrainer
     from stages.train.trainer import BalancedTokens, trainer_arguments, training_set
 
     phase = plan["phase"]
@@ -671,8 +671,7 @@ def make_trainer(
         fitting = fit_rows(run, spec, model, max(lengths), most_rows)
         arguments = trainer_arguments(spec, seed, model, fitting, run.work)
         if phase == "dpo":
-            losses, nll = split_losses(spec)
-            arguments |= {**losses, "beta": spec.beta}
+            arguments |= {"beta": spec.beta, "loss_type": spec.loss_type, "loss_weights": spec.loss_weights}
         order = [0] * len(rows) if plan.get("unsorted") else lengths
         data = training_set(rows, order, spec, seed)
     arguments |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "num_train_epochs": 1000}
@@ -690,7 +689,7 @@ def make_trainer(
         return type("PlainPairTrainer", (*order, DPOTrainer), as_tokens)(
             args=DPOConfig(**arguments), **common
         )
-    return PairTrainer(args=DPOConfig(**arguments), nll=nll, **common)
+    return PairTrainer(args=DPOConfig(**arguments), **common)
 
 
 def fuse_layers(model: Any) -> None:

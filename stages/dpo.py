@@ -28,7 +28,6 @@ from stages.train.pair_trainer import (
     assert_reference,
     assert_same_start,
     set_reference,
-    split_losses,
 )
 from stages.train.pairs import build_rows, pair_length
 from stages.train.selection import Selection
@@ -86,7 +85,6 @@ def train(run: StageRun, most_rows: int | None) -> None:
 
     # Model: the adapter is trained further. TRL makes a frozen copy of it as the reference.
     config, trained = adapter_config(model), assert_trainable(model)
-    losses, nll = split_losses(spec)
 
     # Training, from the newest complete checkpoint if an earlier run was interrupted.
     checkpoint = newest_checkpoint(run.work)
@@ -96,8 +94,9 @@ def train(run: StageRun, most_rows: int | None) -> None:
     with run.progress("training", total_steps(len(rows), spec), "steps", step_of(checkpoint)) as advance:
         trainer = PairTrainer(
             model=model,
-            args=DPOConfig(**arguments, **losses, beta=spec.beta),
-            nll=nll,
+            args=DPOConfig(
+                **arguments, beta=spec.beta, loss_type=spec.loss_type, loss_weights=spec.loss_weights
+            ),
             train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
             callbacks=[Progress(advance)],

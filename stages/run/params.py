@@ -419,7 +419,7 @@ class Dpo(Looking):
 
     beta: Rate
     reference: Literal["round", "sft"]
-    loss_type: list[Literal["sigmoid", "sft", "ipo", "sigmoid_norm"]]
+    loss_type: list[Literal["sigmoid", "sigmoid_norm", "ipo", "sft"]]
     loss_weights: list[NonNegative]
     epochs: Positive
     batch: Positive
@@ -433,6 +433,8 @@ class Dpo(Looking):
             raise ValueError("loss_weights: give one weight for each loss_type")
         if len(set(self.loss_type)) != len(self.loss_type):
             raise ValueError("loss_type: names a loss twice")
+        if not any(self.loss_weights):
+            raise ValueError("loss_weights: at least one must be above 0, or nothing is learned")
         return self
 
 

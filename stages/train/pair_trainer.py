@@ -13,24 +13,26 @@ from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from stages.policy.adapter import adapter_weights, read_adapter
-from stages.run.params import Dpo
 from stages.train.trainer import BalancedTokens, InputsAsTheyAre
 
 
 class PairTrainer(BalancedTokens, InputsAsTheyAre, DPOTrainer):
     """TRL's trainer on pairs that are already tokens: training divides prompt and completion as generation does.
 
-    `nll` weighs the negative log-likelihood of the chosen completions beside TRL's losses: for each completion the mean
-    over its tokens, as in Pang et al. 2024 (arXiv 2404.19733), equation 2. TRL's own `sft` loss is the mean over all
-    tokens of a micro-batch, so it depends on how a batch is cut into micro-batches.
+    The loss `sft` is the negative log-likelihood of the chosen completions: for each one the mean over its tokens, as
+    in Pang et al. 2024 (arXiv 2404.19733), equation 2. TRL's own `sft` is the mean over all tokens of a micro-batch, so
+    it depends on how a batch is cut into micro-batches. Alone it computes no rejected completion and no reference.
 
     Micro-batches have different numbers of pairs (BalancedTokens), and each counts by that number, so that the loss is
     the mean over the pairs of the global batch. The figures that TRL logs beside it are means over micro-batches.
     """
 
-    def __init__(self, *args: Any, nll: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.nll = nll
+        losses = dict(zip(self.args.loss_type, self.args.loss_weights, strict=True))
+        self.nll: float = losses.pop("sft", 0.0)
+        self.loss_types: list[str] = list(losses)  # what TRL computes
+        self.loss_weights: list[float] = list(losses.values())
         gather = self.accelerator.gather
 
         def gather_rows(values: torch.Tensor) -> torch.Tensor:
@@ -50,6 +52,8 @@ class PairTrainer(BalancedTokens, InputsAsTheyAre, DPOTrainer):
     def _compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool
     ) -> torch.Tensor:
+        if not self.loss_types:
+            return self.nll * self._chosen_nll(model, inputs)
         seen = []
 
         def watched(**kwargs: Any) -> Any:
@@ -61,21 +65,27 @@ class PairTrainer(BalancedTokens, InputsAsTheyAre, DPOTrainer):
             return loss
         mask = inputs["completion_mask"][:, 1:].chunk(2)[0]
         logprobs = seen[0].log_probs[:, -mask.shape[1] :].chunk(2)[0]
-        return loss - self.nll * ((logprobs * mask).sum(1) / mask.sum(1)).mean()
+        return loss + self.nll * mean_nll(logprobs, mask)
+
+    def _chosen_nll(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean NLL of the chosen completions, from a forward pass of these alone."""
+        longest = int(inputs["attention_mask"].chunk(2)[0].sum(1).max())
+        chosen = {name: rows.chunk(2)[0][:, :longest] for name, rows in inputs.items()}
+        mask = chosen.pop("completion_mask")
+        labels = chosen["input_ids"].masked_fill(mask == 0, -100)
+        logprobs = model(**chosen, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        logprobs = logprobs[:, -(longest - 1) :]
+        sums = self.accelerator.gather(logprobs.detach().sum(1))
+        self._metrics["train"]["logps/chosen"].append(sums.mean().item())
+        return mean_nll(logprobs, mask[:, 1:])
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
 
-def split_losses(spec: Dpo) -> tuple[dict[str, Any], float]:
-    """TRL's share of the losses, as arguments of DPOConfig, and the weight of the NLL term (`sft`), which is ours.
-
-    TRL needs a loss of its own; beside the NLL term alone it is one that weighs nothing.
-    """
-    weights = dict(zip(spec.loss_type, spec.loss_weights, strict=True))
-    nll = weights.pop("sft", 0.0)
-    weights = weights or {"sigmoid": 0.0}
-    return {"loss_type": list(weights), "loss_weights": list(weights.values())}, nll
+def mean_nll(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean over rows of each row's own mean of -`logprobs` where `mask` is 1; both are rows × tokens."""
+    return -((logprobs * mask).sum(1) / mask.sum(1)).mean()
 
 
 def set_reference(model: Any, adapter: Path) -> None:

@@ -169,6 +169,11 @@ PROFILE_MISTAKES = {
         "model.architecture: hidden (128)",
     ),
     "loss weights": (("[1.0, 0.5]", "[1.0]"), "  loss_weights:", "dpo.loss_weights: give one weight"),
+    "no weight of a loss": (
+        ("[1.0, 0.5]", "[0, 0]"),
+        "  loss_weights:",
+        "dpo.loss_weights: at least one must be above 0",
+    ),
     "selection between checkpoints": (
         ("select: {steps: 20", "select: {steps: 15"),
         "  select: {steps: 15",

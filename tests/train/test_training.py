@@ -5,18 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain, pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, SFTConfig
 from trl.trainer.utils import use_adapter
 
@@ -33,8 +33,8 @@ from stages.policy.adapter import (
 )
 from stages.policy.request import Completion, Request
 from stages.run.errors import UserError
-from stages.run.files import read_json, write_jsonl
-from stages.run.params import Lora, Prompt, load_params
+from stages.run.files import read_json, read_jsonl, write_jsonl
+from stages.run.params import Dpo, Lora, Prompt, load_params
 from stages.run.paths import BASE, LAST, ROOT, TRAIN, VALID
 from stages.run.resume import COMPLETE, newest_checkpoint
 from stages.text.prompts import completion_ids, prompt_ids
@@ -43,7 +43,6 @@ from stages.train.pair_trainer import (
     assert_reference,
     assert_same_start,
     set_reference,
-    split_losses,
 )
 from stages.train.pairs import build_rows, pair_length
 from stages.train.selection import Selection
@@ -70,6 +69,9 @@ SFT = load_params(SMALL).sft.model_copy(
     update={**TRAINING, "examples": None, "styles": ["plain", "short"], "lora": LORA}
 )
 DPO = load_params(SMALL).dpo.model_copy(update=TRAINING)
+LOSSES: tuple[dict[str, float], ...] = (
+    {"sigmoid": 1.0}, {"sigmoid_norm": 1.0}, {"ipo": 1.0}, {"sft": 1.0}, {"sigmoid": 1.0, "sft": 0.5},
+)  # fmt: skip
 TWO_ROWS = Rows(micro_batch=2, accumulation=2, checkpointing=False)
 PROBLEMS = [
     {"question": f"Ann has {a} pens and gets {b}. How many?", "solution": f"{a}+{b}={a + b}.\n#### {a + b}"}
@@ -190,8 +192,7 @@ def dpo_trainer(
     project: SimpleNamespace,
     base_folder: Path,
     adapter: Path,
-    nll: float = 0.0,
-    loss: str = "sigmoid",
+    losses: Mapping[str, float] = MappingProxyType({"sigmoid": 1.0}),
     at_once: Rows = TWO_ROWS,
 ) -> tuple[Any, list[dict[str, list[int]]]]:
     """The trainer of the DPO stage on the project's pairs, and the pairs as tokens."""
@@ -200,12 +201,20 @@ def dpo_trainer(
     arguments = trainer_arguments(DPO, 3, model, at_once, project.work) | {"save_strategy": "no"}
     trainer = PairTrainer(
         model=model,
-        args=DPOConfig(**arguments, beta=DPO.beta, loss_type=[loss], loss_weights=[1.0]),
+        args=DPOConfig(
+            **arguments, beta=DPO.beta, loss_type=list(losses), loss_weights=list(losses.values())
+        ),
         train_dataset=training_set(rows, [pair_length(row) for row in rows], DPO, 3),
         processing_class=tokenizer,
-        nll=nll,
     )
     return trainer, rows
+
+
+def without_dropout(model: Any) -> None:
+    """Switch the model's dropout off."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 
 # ---- Rows ----------------------------------------------------------------------------------------------
@@ -325,28 +334,25 @@ def test_passes_take_as_many_tokens_and_a_step_its_rows(project: SimpleNamespace
     assert sorted(len(one) for one in with_long) == [1, 3]
 
 
-@pytest.mark.parametrize("loss", ["sft", "sigmoid", "ipo", "sigmoid_norm", "sigmoid beside nll"])
+@pytest.mark.parametrize("losses", [{}, *LOSSES], ids=lambda losses: "+".join(losses) or "phase sft")
 def test_the_rows_of_a_pass_change_nothing_that_is_learned(
-    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, loss: str
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, losses: dict[str, float]
 ) -> None:
     """A whole batch at once, passes of unequal numbers of rows, and one row at a time learn the same."""
-    losses, adapters = [], []
+    logged, adapters = [], []
     for at_once in (WHOLE, HALVES, SINGLE):
-        name, _, nll = loss.partition(" beside ")
         trainer: Any
-        if loss == "sft":
+        if not losses:
             trainer = sft_trainer(project, base_folder, at_once)
         else:
-            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, bool(nll), name, at_once)
-        for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # what it drops depends on the rows of a pass
+            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, losses, at_once)
+        without_dropout(trainer.model)  # what it drops depends on the rows of a pass
         trainer.train()
-        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        logged.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
         adapters.append(adapter_weights(trainer.model))
-    assert len(losses[0]) == total_steps(len(PROBLEMS), SFT) > 1
-    for other, adapter in zip(losses[1:], adapters[1:], strict=True):
-        assert other == pytest.approx(losses[0], rel=1e-4)
+    assert len(logged[0]) == total_steps(len(PROBLEMS), SFT) > 1
+    for other, adapter in zip(logged[1:], adapters[1:], strict=True):
+        assert other == pytest.approx(logged[0], rel=1e-4)
         for name, weight in adapters[0].items():
             torch.testing.assert_close(adapter[name], weight, atol=1e-4, rtol=1e-3)
 
@@ -434,9 +440,8 @@ def test_inputs_as_they_are_change_no_number(
         assert trainer.args.bf16
         seen: set[torch.dtype] = set()
         given.append(seen)
+        without_dropout(trainer.model)  # a CPU draws other numbers in another precision
         for module in trainer.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # a CPU draws other numbers in another precision
             if isinstance(module, LoraLayer):
                 module.lora_A["default"].register_forward_pre_hook(
                     lambda layer, inputs, seen=seen: seen.add(inputs[0].dtype)
@@ -551,77 +556,86 @@ def test_a_later_round_may_have_sft_as_its_reference(
 # ---- Losses --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "sigmoid_norm", "sft"])
-def test_each_loss_is_its_formula(
-    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, loss: str
-) -> None:
-    """Of a policy that has moved away from its reference, computed here from log-probabilities, pair by pair.
+def of_a_side(model: Any, row: dict[str, list[int]], side: str, reference: bool = False) -> tuple[float, int]:
+    """log p(completion | prompt) by the plain forward pass, and the completion's tokens."""
+    ids, border = row["prompt_ids"] + row[side], len(row["prompt_ids"])
+    with torch.no_grad(), use_adapter(model, "ref" if reference else "default"):
+        logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    wanted = torch.tensor(ids[1:])[:, None]
+    return logprobs.gather(1, wanted)[border - 1 :].sum().item(), len(row[side])
 
-    sigmoid: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; per token: Lambert et al. 2024 (arXiv 2411.15124),
-    equation 6. ipo: Azar et al. 2023 (arXiv 2310.12036), equation 17, per token, as TRL does after asking its authors.
+
+def by_the_papers(model: Any, rows: list[dict[str, list[int]]], losses: dict[str, float]) -> float:
+    """The mean loss of some pairs, written down from the papers.
+
+    sigmoid: Rafailov et al. 2023 (arXiv 2305.18290), equation 7. sigmoid_norm: Lambert et al. 2024 (Tülu 3,
+    arXiv 2411.15124), equation 6. ipo: Azar et al. 2023 (arXiv 2310.12036), equation 17, of means over tokens.
+    sft: Pang et al. 2024 (arXiv 2404.19733), the second term of equation 2.
     """
-    trls, nll = split_losses(DPO.model_copy(update={"loss_type": [loss], "loss_weights": [1.0]}))
-    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, nll, *trls["loss_type"])
-    trainer.loss_weights = trls["loss_weights"]
-    rows[0] = rows[0] | {"chosen_ids": rows[0]["chosen_ids"][:3]}  # of another length
-    torch.manual_seed(5)
-    for name, weight in trainer.model.named_parameters():
-        if weight.requires_grad and "lora_B" in name:
-            weight.data += 0.05 * torch.randn_like(weight)
-    trainer.model.eval()
-
-    def means(row: dict[str, list[int]], side: str) -> tuple[float, float]:
-        """The mean log-probability of a completion's tokens under policy and reference."""
-        ids, border = row["prompt_ids"] + row[side], len(row["prompt_ids"])
-        labels = torch.tensor([[-100] * border + ids[border:]])
-        found = []
-        for adapter in ("default", "ref"):
-            with torch.no_grad(), use_adapter(trainer.model, adapter_name=adapter):
-                found.append(-trainer.model(torch.tensor([ids]), labels=labels).loss.item())
-        return found[0], found[1]
-
-    wanted = []
+    total = 0.0
     for row in rows:
-        (chosen, chosen_ref), (rejected, rejected_ref) = means(row, "chosen_ids"), means(row, "rejected_ids")
-        a, b = chosen - chosen_ref, rejected - rejected_ref
-        summed = DPO.beta * (a * len(row["chosen_ids"]) - b * len(row["rejected_ids"]))
-        wanted.append(
-            {
-                "sigmoid": math.log1p(math.exp(-summed)),
-                "sigmoid_norm": math.log1p(math.exp(-DPO.beta * (a - b))),
-                "ipo": (a - b - 1 / (2 * DPO.beta)) ** 2,
-                "sft": -chosen,
-            }[loss]
-        )
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
-    found = trainer._compute_loss(trainer.model, inputs, False).item()
-    assert len({round(one, 4) for one in wanted}) > 1
-    assert found == pytest.approx(sum(wanted) / len(wanted), abs=2e-5)
+        (chosen, c), (rejected, r) = (of_a_side(model, row, side) for side in ("chosen_ids", "rejected_ids"))
+        chosen_ref = of_a_side(model, row, "chosen_ids", reference=True)[0]
+        rejected_ref = of_a_side(model, row, "rejected_ids", reference=True)[0]
+        margin = (chosen - chosen_ref) - (rejected - rejected_ref)
+        mean_margin = (chosen - chosen_ref) / c - (rejected - rejected_ref) / r
+        values = {
+            "sigmoid": math.log1p(math.exp(-DPO.beta * margin)),
+            "sigmoid_norm": math.log1p(math.exp(-DPO.beta * mean_margin)),
+            "ipo": (mean_margin - 1 / (2 * DPO.beta)) ** 2,
+            "sft": -chosen / c,
+        }
+        total += sum(weight * values[name] for name, weight in losses.items())
+    return total / len(rows)
 
 
-def test_the_nll_term_is_each_completions_own_mean_and_does_not_depend_on_micro_batches(
+@pytest.mark.parametrize("losses", LOSSES, ids="+".join)
+def test_each_loss_is_that_of_its_paper_at_every_step(
+    project: SimpleNamespace, base_folder: Path, sft_adapter: Path, losses: dict[str, float]
+) -> None:
+    """In two steps, the second of which finds a policy that has left its reference. Completions differ in length."""
+    pairs = list(read_jsonl(LAST.pairs, {"chosen": str}))
+    for at, pair in enumerate(pairs):
+        pair["chosen"] = "1+1=2. " * (at % 3) + pair["chosen"]
+    write_jsonl(LAST.pairs, pairs)
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, losses, WHOLE)
+    without_dropout(trainer.model)
+    order = training_order(len(rows), DPO.batch, DPO.epochs, 3)
+    wanted = []
+
+    class Formula(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            at = state.global_step * DPO.batch
+            batch = [rows[place] for place in order[at : at + DPO.batch]]
+            wanted.append(by_the_papers(trainer.model, batch, losses))
+
+    trainer.add_callback(Formula())
+    trainer.train()
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(wanted) == 2 and wanted[0] != pytest.approx(wanted[1], rel=1e-3)
+    assert logged == pytest.approx(wanted, rel=1e-4)
+
+
+def test_every_loss_that_a_profile_may_name_is_among_them() -> None:
+    """So that none is offered that was never run."""
+    (names,) = get_args(Dpo.model_fields["loss_type"].annotation)
+    assert set(get_args(names)) == set(chain(*LOSSES))
+
+
+def test_sft_alone_computes_the_chosen_answers_and_nothing_else(
     project: SimpleNamespace, base_folder: Path, sft_adapter: Path
 ) -> None:
-    """At step 0 the DPO loss is log 2, so the rest is the term: 0.5 times the mean of the completions' means."""
-    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, nll=0.5)
-    rows = rows[:4]
-    rows[0] = rows[0] | {"chosen_ids": rows[0]["chosen_ids"][:3]}  # of another length
-    trainer.model.eval()
-
-    def loss_of(part: list[dict[str, list[int]]]) -> torch.Tensor:
-        inputs = trainer._prepare_inputs(trainer.data_collator(part))
-        return trainer._compute_loss(trainer.model, inputs, False)
-
-    wanted = 0.0
-    for row in rows:
-        ids, border = row["prompt_ids"] + row["chosen_ids"], len(row["prompt_ids"])
-        labels = torch.tensor([[-100] * border + ids[border:]])
-        wanted += 0.5 * trainer.model(torch.tensor([ids]), labels=labels).loss.item() / len(rows)
-    whole, parts = loss_of(rows), [loss_of(rows[:1]), loss_of(rows[1:])]
-    assert whole.item() == pytest.approx(0.693147 + wanted, abs=1e-5)
-    assert ((parts[0] + 3 * parts[1]) / 4).item() == pytest.approx(whole.item(), abs=1e-5)
-    whole.backward()
-    assert all(w.grad.abs().sum() > 0 for n, w in trainer.model.named_parameters() if "lora_A.default" in n)
+    """No rejected answer, no reference, and no padding for a longer rejected one."""
+    trainer, rows = dpo_trainer(project, base_folder, sft_adapter, {"sft": 1.0}, WHOLE)
+    row = rows[0] | {"rejected_ids": rows[0]["rejected_ids"] * 9}
+    batch = trainer._prepare_inputs(trainer.data_collator([row]))
+    given = []
+    trainer.model.get_input_embeddings().register_forward_hook(
+        lambda layer, inputs, output: given.append(tuple(inputs[0].shape))
+    )
+    trainer.compute_loss(trainer.model, batch)
+    assert given == [(1, len(row["prompt_ids"]) + len(row["chosen_ids"]))]
+    assert batch["input_ids"].shape[1] > given[0][1]
 
 
 # ---- Which step is kept --------------------------------------------------------------------------------
