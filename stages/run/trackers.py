@@ -55,6 +55,7 @@ def tracker_callbacks(work: Path) -> list[Any]:
     }
     callbacks = []
     for name in named_trackers():
+        _folder(name).mkdir(parents=True, exist_ok=True)  # wandb takes a temporary folder if there is none
         for variable, value in places.items():
             if variable.startswith(name.upper()):
                 os.environ.setdefault(variable, str(value))
