@@ -11,9 +11,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from stages.run.paths import HOME, LAST, LAST_ROUND, SHIPPED
+
 if not all(map(find_spec, ("typer", "torch", "trl"))):
     # DVC runs the first python3 of the PATH, which is not the environment's when that is not activated.
-    own = Path(__file__).resolve().parents[1] / ".venv/bin/python"
+    own = HOME / ".venv/bin/python"
     if not own.is_file() or sys.prefix == str(own.parents[1]):
         sys.exit(
             f"error: {sys.executable} lacks packages of requirements.txt; type `make`, or activate its environment"
@@ -27,7 +29,6 @@ import typer
 
 from stages.run.errors import UserError
 from stages.run.params import load_params
-from stages.run.paths import LAST, LAST_ROUND, SHIPPED
 from stages.run.process import prepare_process
 
 app = typer.Typer(
@@ -148,10 +149,24 @@ def repro() -> None:
 
 
 @app.command(rich_help_panel=TOOLS)
-def results() -> None:
-    """Print the result table of the last run."""
-    prepare_process()
-    import_module("stages.page.table").print_results()
+def results(
+    experiment: Annotated[
+        str | None, typer.Argument(help="With --experiments: the chosen one, to be shown on Platinum too.")
+    ] = None,
+    experiments: Annotated[
+        bool, typer.Option("--experiments", help="List DVC's experiments by validation.")
+    ] = False,
+) -> None:
+    """Print the result table of the last run, or of all experiments of this commit."""
+    if experiments:
+        _tool("experiments").main(experiment)
+    elif experiment:
+        raise UserError(
+            f"results: '{experiment}' names an experiment; say `results --experiments {experiment}`"
+        )
+    else:
+        prepare_process()
+        import_module("stages.page.table").print_results()
 
 
 @app.command(rich_help_panel=TOOLS)

@@ -22,6 +22,7 @@ from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
 from stages.run.rounds import policy_of, shown
 from stages.run.stage import StageRun, stage_run
+from stages.run.trackers import tracker_callbacks
 from stages.stats.looks import kept_words
 from stages.train.pair_trainer import (
     PairTrainer,
@@ -99,7 +100,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
             ),
             train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
-            callbacks=[Progress(advance)],
+            callbacks=[Progress(advance), *tracker_callbacks(run.work)],
         )
         assert_trainable(model)
         assert_reference(model, start)

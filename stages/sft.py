@@ -26,6 +26,7 @@ from stages.run.paths import BASE, KEPT, SFT_ADAPTER, SFT_CURVE, SFT_SELECTION, 
 from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
 from stages.run.stage import StageRun, stage_run
+from stages.run.trackers import tracker_callbacks
 from stages.stats.looks import kept_words
 from stages.text.prompts import completion_ids, completion_text, prompt_ids
 from stages.train.selection import Selection
@@ -102,7 +103,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
             args=SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}),
             train_dataset=training_set(rows, lengths, spec, seed),
             processing_class=tokenizer,
-            callbacks=[Progress(advance)],
+            callbacks=[Progress(advance), *tracker_callbacks(run.work)],
         )
         selection = Selection(
             run,

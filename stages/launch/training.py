@@ -17,14 +17,16 @@ from stages.launch.ray_training import train_on_ray
 from stages.run.errors import UserError
 from stages.run.files import read_json
 from stages.run.stage import StageRun
+from stages.run.trackers import named_trackers
 
 
 def train_everywhere(entry: str, run: StageRun, batch: int) -> None:
     """Call `entry` ("module:function") in as many processes as divide the global batch.
 
     The function takes the run and the most rows of one forward pass (None: as many as fit). Raises UserError when not
-    even one row fits into memory, or when a process fails.
+    even one row fits into memory, when a process fails, or when LOOPER_TRACKERS names what is not there.
     """
+    named_trackers()
     most: int | None = None
     note = run.work / ROWS
     note.unlink(missing_ok=True)

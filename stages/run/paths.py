@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of this project; all paths below are relative to it
+# The project that this one is a copy of, while DVC runs a queued experiment in .dvc/tmp/exps/<folder>; else itself.
+HOME = ROOT.parents[3] if ROOT.parts[-4:-1] == (".dvc", "tmp", "exps") else ROOT
 
 # The pipeline
 PIPELINE = Path("dvc.yaml")
