@@ -1,114 +1,94 @@
-"""Does coherence help? DPO on the tiny profile from four kinds of pairs, several seeds, paired on held-out problems.
+"""Which pairs make DPO better? Seven ways to choose them on the tiny profile, five seeds, paired on Platinum.
 
-    python bench/ablation.py --seeds 17 1 2 --keep ablation     # about 12 minutes a seed on two cores
+    python bench/ablation.py --keep ablation     # an hour and a half on two cores
 
-    correctness   correctness pairs alone, chosen without coherence (kappa 0)
-    kappa 0       plus coherence pairs by the classical formula, in which correct trajectories of a question tie
-    kappa 1       plus coherence pairs by each trajectory's own s_wm
-    placebo       as kappa 1, but s_wm shuffled among the correct trajectories of each question; as many pairs
+    kappa 0    correctness pairs, chosen without coherence: the classical formula, by which correct trajectories of a
+               question tie, so that it makes no coherence pairs
+    margin     correctness pairs, the most coherent correct over the least coherent wrong one: the largest margin
+    nearest    correctness pairs whose intermediate values overlap most: a wrong solution that nearly is the right one
+    random     correctness pairs, partners drawn by lot
+    kappa 1    as margin, plus coherence pairs by each trajectory's own s_wm: Regime W as it is shipped
+    placebo    as kappa 1, but s_wm shuffled among the correct trajectories of each question; as many pairs
+    sound      as margin, plus a sound solution over a lucky one, both correct
 
-All arms of a seed share its problems, base model, SFT adapter and rollouts. Only beating the placebo counts: it
-has as many pairs of the same look, and none of the signal. Prints Markdown tables, those of docs/regime-w.md.
-What is in the --keep folder is not run again.
+All arms of a seed share its problems, SFT adapter and rollouts. For coherence pairs only beating the placebo counts: it
+has as many pairs of the same look, and none of the signal. Prints Markdown tables, those of docs/regime-w.md. What is
+in the --keep folder is not run again.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from common import ROOT, call, change, copy_project, new_parser, note, print_table
-from scipy.stats import t as student
+from arms import Arm, arms_parser, print_differences, print_levels, run_arms
+from common import ROOT, call, change
 
+from stages.regime_w.pairs import Pair, Row, select
 from stages.regime_w.reward import reward_parts
-from stages.regime_w.signals import analyse_group, judge, score_group
-from stages.run.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from stages.regime_w.solution import read_solution
+from stages.run.files import read_jsonl, write_jsonl
 from stages.run.params import load_params
-from stages.run.paths import LAST, PLATINUM, PLATINUM_EVAL
-from stages.stats.one import bootstrap_interval, majority
+from stages.run.paths import LAST
 
-ARMS = ("correctness", "kappa 0", "kappa 1", "placebo")
-MEASURES = ("greedy", "mean@8", "maj@8", "pass@8", "sound among correct", "s_wm")
-Measures = dict[str, list[float]]  # one value a question, in the order of the held-out file
-Arms = dict[str, dict[str, Any]]  # of one seed: the pairs and the measures of each arm
+COMPARISONS = (
+    ("kappa 1", "placebo"),
+    ("kappa 1", "margin"),
+    ("margin", "kappa 0"),
+    ("nearest", "margin"),
+    ("random", "margin"),
+    ("sound", "margin"),
+)
 
 
 def main() -> None:
     """Run every arm of every seed and print the tables."""
-    parser = new_parser(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[17, 1, 2])
-    parser.add_argument(
-        "--keep", type=Path, help="keep the runs in this folder, and go on with what is there"
-    )
-    parser.add_argument(
-        "--set", dest="changes", nargs="*", default=[], metavar="KEY=VALUE", help="of the profile"
-    )
-    options = parser.parse_args()
+    options = arms_parser(__doc__).parse_args()
     folder = (options.keep or Path(tempfile.mkdtemp(prefix="ablation-"))).resolve()
-    results = {seed: run_seed(seed, folder / f"seed-{seed}", options.changes) for seed in options.seeds}
-    rows = [
-        [str(seed), arm, "{correctness} + {coherence}".format(**row["pairs"]), *levels(row["measures"])]
-        for seed, arms in results.items()
-        for arm, row in arms.items()
-    ]
-    print_table(["seed", "arm", "pairs (correctness + coherence)", *MEASURES], rows)
-    for other in ("correctness", "placebo"):
-        print(f"\nkappa 1 minus {other}, in points (s_wm in hundredths), with 95 % intervals\n")
-        print_table(["seed", *MEASURES], difference_rows(results, other))
+    arms = [Arm(name, trained_on(make)) for name, make in ARMS.items()]
+    results = run_arms(arms, options, folder)
+    print_levels(results)
+    print()
+    print_differences(results, COMPARISONS)
     if not options.keep:
         shutil.rmtree(folder)
 
 
-def run_seed(seed: int, place: Path, changes: list[str]) -> Arms:
-    """All arms of one seed: pairs of each kind, and the measures of every held-out question."""
-    done = place / "ablation"
-    if not done.is_dir():
-        copy_project(place)
-        change(place / "params.yaml", [f"seed={seed}"])
-        change(place / "profiles/tiny.yaml", [f"model.seed={seed}", *changes])
-        call(place, "dvc", "repro", "-q", "rollout")
-        done.mkdir()
-    results: Arms = {}
-    for arm in ARMS:
-        target = done / f"{arm.replace(' ', '-')}.json"
-        if not target.is_file():
-            make_pairs(place, arm, seed, results)
-            digest = sha256_file(place / LAST.pairs)
-            twin = next((row for row in results.values() if row["sha256"] == digest), None)
-            if twin is None:
-                call(place, "python", "-m", "stages", "dpo")
-                call(place, "python", "-m", "stages", "evaluate", "dpo")
-            kinds = Counter(pair["kind"] for pair in read_jsonl(place / LAST.pairs))
-            pairs = {kind: kinds[kind] for kind in ("correctness", "coherence")}
-            measures = twin["measures"] if twin else measure(place)
-            write_json(target, {"sha256": digest, "pairs": pairs, "measures": measures})
-        results[arm] = read_json(target)
-        shown = zip(MEASURES, levels(results[arm]["measures"]), strict=True)
-        note(f"seed {seed}, {arm}: {results[arm]['pairs']}, {', '.join(map(' '.join, shown))}")
-    return results
+def trained_on(make: Callable[[Path, int], None]) -> Callable[[Path, int], int]:
+    """An arm that trains on the pairs which `make` writes."""
+
+    def run(place: Path, seed: int) -> int:
+        make(place, seed)
+        call(place, "python", "-m", "stages", "dpo")
+        return sum(1 for _ in read_jsonl(place / LAST.pairs))
+
+    return run
 
 
-# ---- the four kinds of pairs -------------------------------------------------------------------------
+# ---- the kinds of pairs --------------------------------------------------------------------------------
 
 
-def make_pairs(place: Path, arm: str, seed: int, results: Arms) -> None:
-    """Write the arm's preference pairs in `place`."""
-    kappa = 0.0 if arm in ("correctness", "kappa 0") else 1.0
-    per_question = 0 if arm == "correctness" else load_params(ROOT).preference.coherence.per_question
-    keys = [f"regime_w.reward.kappa={kappa}", f"preference.coherence.per_question={per_question}"]
+def by_stages(place: Path, kappa: float, coherence: bool, placebo_seed: int | None = None) -> None:
+    """Let the stages make the pairs; with a seed, from s_wm shuffled among correct trajectories."""
+    count = load_params(ROOT).preference.coherence.per_question if coherence else 0
+    keys = [f"regime_w.reward.kappa={kappa}", f"preference.coherence.per_question={count}"]
     change(place / "params.yaml", keys)
     call(place, "python", "-m", "stages", "coherence")
-    if arm == "placebo":
-        shuffle(place, seed)
+    if placebo_seed is not None:
+        shuffle(place, placebo_seed)
     call(place, "python", "-m", "stages", "preference")
-    if arm == "placebo":
-        same_count(place / LAST.pairs, results["kappa 1"]["pairs"], seed)
+
+
+def placebo(place: Path, seed: int) -> None:
+    """As many pairs of each kind as the real signal makes, from a shuffled one."""
+    by_stages(place, 1.0, True)
+    wanted = Counter(pair["kind"] for pair in read_jsonl(place / LAST.pairs))
+    by_stages(place, 1.0, True, seed)
+    same_count(place / LAST.pairs, wanted, seed)
 
 
 def shuffle(place: Path, seed: int) -> None:
@@ -127,7 +107,7 @@ def shuffle(place: Path, seed: int) -> None:
     write_jsonl(place / LAST.scored, records)
 
 
-def same_count(path: Path, wanted: dict[str, int], seed: int) -> None:
+def same_count(path: Path, wanted: Counter[str], seed: int) -> None:
     """Drop random pairs of each kind until there are no more than `wanted` of it."""
     pairs = list(read_jsonl(path))
     order = list(range(len(pairs)))
@@ -138,72 +118,69 @@ def same_count(path: Path, wanted: dict[str, int], seed: int) -> None:
     write_jsonl(path, filter(None, pairs))
 
 
-# ---- what is measured --------------------------------------------------------------------------------
+class Nearest(Pair):
+    """A pair that counts the more, the more its two sides' intermediate values overlap (as s_path counts it)."""
+
+    @property
+    def margin(self) -> float:
+        """Above any min_margin."""
+        a, b = (
+            Counter(equation.value for equation in read_solution(row["text"]).equations)
+            for row in (self.chosen, self.rejected)
+        )
+        return 1 + 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
-def measure(place: Path) -> Measures:
-    """Each measure's value for every held-out question, from the evaluated completions."""
-    solutions = {row["id"]: row["solution"] for row in read_jsonl(place / PLATINUM)}
-    names = ("greedy", "mean@8", "maj@8", "pass@8", "right", "sound", "s_wm")
-    values: Measures = {name: [] for name in names}
-    for row in read_jsonl(place / PLATINUM_EVAL / "dpo.jsonl"):
-        samples = row["samples"]
-        views = [{"text": one["completion"], "answer": one["answer"]} for one in samples]
-        right = [view for view, one in zip(views, samples, strict=True) if one["correct"]]
-        gold = {"text": solutions[row["id"]], "answer": row["gold"]}
-        *mine, golds = analyse_group(row["question"], [*right, gold]).reasonings
-        judged = [judge(one, golds) for one in mine]
-        s_wm = score_group(row["question"], views).mean("s_wm")
-        found = (row["correct"], len(right) / len(samples), majority(samples), bool(right))
-        for name, value in zip(names, (*found, len(right), judged.count("sound"), s_wm), strict=True):
-            values[name].append(float(value))
-    return values
+class Drawn(Pair):
+    """A pair that counts as the lot falls."""
+
+    @property
+    def margin(self) -> float:
+        """Above any min_margin."""
+        return 1 + random.Random(f"{self.chosen['id']}>{self.rejected['id']}").random()
 
 
-def levels(measures: Measures) -> list[str]:
-    """Each measure over all questions, in percent."""
-    sums = {name: sum(values) for name, values in measures.items()}
-    shares = {name: total / len(measures[name]) for name, total in sums.items()}
-    shares["sound among correct"] = sums["sound"] / sums["right"]
-    return [f"{100 * shares[name]:.1f}" for name in MEASURES]
+def partners(kind: type[Pair]) -> Callable[[Path, int], None]:
+    """Correctness pairs whose partners are chosen by that kind's margin."""
+
+    def make(place: Path, seed: int) -> None:
+        by_stages(place, 1.0, False)
+        write_jsonl(place / LAST.pairs, chosen(place, kind, "correctness", lambda a, b: not b["correct"]))
+
+    return make
 
 
-def difference(a: Measures, b: Measures, name: str) -> tuple[float, float, float]:
-    """b minus a, paired by question, with its bootstrap interval."""
-    if name != "sound among correct":
-        values = np.array(b[name]) - np.array(a[name])
-        return float(values.mean()), *bootstrap_interval(values, seed=0)
-    parts = np.array([a["sound"], a["right"], b["sound"], b["right"]])
-    rng = np.random.default_rng(0)
-    drawn = [parts[:, rng.integers(0, parts.shape[1], parts.shape[1])].sum(axis=1) for _ in range(4000)]
-    value, *resampled = (sums[2] / sums[3] - sums[0] / sums[1] for sums in (parts.sum(axis=1), *drawn))
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return float(value), float(low), float(high)
+def sound_over_lucky(place: Path, seed: int) -> None:
+    """Correctness pairs by the largest margin, and a sound solution over a lucky one."""
+    by_stages(place, 1.0, False)
+    correctness = list(read_jsonl(place / LAST.pairs))
+    more = chosen(
+        place, Drawn, "coherence", lambda a, b: (a["soundness"], b["soundness"]) == ("sound", "lucky")
+    )
+    write_jsonl(place / LAST.pairs, correctness + more)
 
 
-def difference_rows(results: dict[int, Arms], other: str) -> list[list[str]]:
-    """kappa 1 against another arm: each seed, and the mean over seeds (Student's t over seeds)."""
-    rows: list[list[str]] = []
-    columns: dict[str, list[float]] = {name: [] for name in MEASURES}
-    for seed, arms in results.items():
-        rows.append([str(seed)])
-        for name in MEASURES:
-            value, low, high = difference(arms[other]["measures"], arms["kappa 1"]["measures"], name)
-            columns[name].append(value)
-            rows[-1].append(cell(value, low, high))
-    if (size := len(results)) > 1:
-        rows.append(["mean of seeds"])
-        for values in columns.values():
-            mean = float(np.mean(values))
-            half = float(student.ppf(0.975, size - 1) * np.std(values, ddof=1) / math.sqrt(size))
-            rows[-1].append(cell(mean, mean - half, mean + half))
-    return rows
+def chosen(place: Path, pair: type[Pair], kind: str, wanted: Callable[[Row, Row], bool]) -> list[Row]:
+    """The records of the pairs of a correct trajectory over another one, within the limits of their kind."""
+    limits = getattr(load_params(ROOT).preference, kind)  # an arm may have turned them off
+    records = []
+    for question in read_jsonl(place / LAST.scored):
+        rows = question["trajectories"]
+        candidates = [pair(kind, question, a, b) for a in rows for b in rows if a["correct"] and wanted(a, b)]
+        faults = {id(row): row["fault"] for row in rows}
+        records += [one.record() for one in select(candidates, limits, faults, Counter())]
+    return records
 
 
-def cell(value: float, low: float, high: float) -> str:
-    """`+1.2 (-0.2 to +2.5)`"""
-    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
+ARMS: dict[str, Callable[[Path, int], None]] = {
+    "kappa 0": lambda place, seed: by_stages(place, 0.0, False),
+    "margin": lambda place, seed: by_stages(place, 1.0, False),
+    "nearest": partners(Nearest),
+    "random": partners(Drawn),
+    "kappa 1": lambda place, seed: by_stages(place, 1.0, True),
+    "placebo": placebo,
+    "sound": sound_over_lucky,
+}
 
 if __name__ == "__main__":
     main()

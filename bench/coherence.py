@@ -213,7 +213,7 @@ def memory(pid: int) -> dict[int, tuple[float, float]]:
 
 def check_output(place: Path, out: Path, questions: int) -> None:
     """Stop when the stage did not score every trajectory it was given."""
-    summary = json.loads((place / "metrics/regime_w.json").read_text())
+    summary = json.loads((place / "metrics/regime_w/dpo.json").read_text())
     with out.open("rb") as file:
         lines = sum(1 for _ in file)
     if (summary["questions"], summary["trajectories"], lines) != (questions, questions * GROUP, questions):

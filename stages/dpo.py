@@ -20,7 +20,7 @@ from stages.run.params import load_params
 from stages.run.paths import BASE, SFT_ADAPTER, VALID, RoundPaths
 from stages.run.process import fix_arithmetic
 from stages.run.resume import newest_checkpoint, step_of
-from stages.run.rounds import shown
+from stages.run.rounds import policy_of, shown
 from stages.run.stage import StageRun, stage_run
 from stages.run.trackers import tracker_callbacks
 from stages.stats.looks import kept_words
@@ -120,8 +120,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
     if not trainer.is_world_process_zero():
         return
     write_curve(trainer.state.log_history, CURVE_COLUMNS, own.curve)
-    before = shown(load_params().chain[own.round])
-    judged = selection.write(own.adapter, own.selection, own.kept, f"the {before} adapter")
+    judged = selection.write(own.adapter, own.selection, own.kept, f"the {shown(policy_of(start))} adapter")
     run.finish(
         f"{len(rows):,} pairs, {trainer.state.global_step} steps, {trained:,} parameters trained; "
         f"{kept_words(judged)}"

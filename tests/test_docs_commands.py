@@ -68,7 +68,7 @@ COVERED = (
     (r"python -m stages trace (ID|\S+)",
      "tests/pipeline/test_export.py::test_a_pair_and_an_answer_are_traced_to_the_base", "trace"),
     (r"python -m stages prepare", "tests/pipeline/conftest.py::small_run", "repro"),
-    (r"python -m stages plan( dpo)?",
+    (r"python -m stages plan( dpo@dpo)?",
      RERUN + "test_a_regime_w_weight_really_reruns_what_follows_and_nothing_before", "plan"),
     (r"python -m stages pretrain \.\./base-again",
      "tests/tiny/test_base.py::test_the_command_makes_such_a_folder_with_the_same_bytes_each_time", "main(tmp_path"),

@@ -233,7 +233,7 @@ class FileTest(Columns):
 
     source: Literal["file"]
     file: str
-    path: str
+    path: str = ""
 
 
 class GeneratedTest(Section):

@@ -25,6 +25,11 @@ def adapter_of(policy: str) -> Path | None:
     return SFT_ADAPTER if policy == "sft" else RoundPaths(policy).adapter
 
 
+def policy_of(adapter: Path) -> str:
+    """The policy that an adapter makes."""
+    return "sft" if adapter == SFT_ADAPTER else adapter.name
+
+
 def trainer_of(policy: str) -> str:
     """The stage that makes a policy: base, sft, or dpo@<round>."""
     return policy if policy in ("base", "sft") else f"dpo@{policy}"

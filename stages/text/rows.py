@@ -65,11 +65,10 @@ def checked_row(
     gold = gold_answer(str(answer)) if mark or bare else None
     if gold is None:
         found = f"{behind.strip()[:60]!r} behind the last '####'" if mark else repr(behind.strip()[-40:])
-        raise UserError(
-            f"{where}: field '{names[1]}' must {'be a number, or ' if bare else ''}end in '#### ' and a number with "
-            f"at most a unit, found {found}; "
-            "correct or remove this row"
-        )
+        wanted = "must end in '#### ' and a number with at most a unit"
+        if bare:
+            wanted = "must be a number with at most a unit, or end in '#### ' and one"
+        raise UserError(f"{where}: field '{names[1]}' {wanted}, found {found}; correct or remove this row")
     return {"id": identity, "question": question, "solution": answer, "gold": gold}
 
 

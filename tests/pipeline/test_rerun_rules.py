@@ -244,7 +244,9 @@ def test_other_test_sets_are_asked_and_nothing_is_trained_again(copy_run: Callab
     assert 'id="tests"' in (project.root / "report.html").read_text(encoding="utf-8")
     project.update(TINY, {"data.tests": {}})
     ran = set(project.repro())
-    assert ran == {"prepare", *EVALUATIONS, "headline", "report"}  # the samples are the same: no vote
+    # Other batches may round the samples' log-probabilities otherwise, and then the votes follow.
+    after = {"prepare", *EVALUATIONS, "headline", "report"}
+    assert after <= ran <= {*after, *VOTES}
     assert "tests" not in json.loads((project.root / "metrics/platinum/sft.json").read_text())
     assert (project.root / "data/tests_eval/sft.jsonl").read_bytes() == b""
     assert 'id="tests"' not in (project.root / "report.html").read_text(encoding="utf-8")

@@ -93,9 +93,9 @@ def test_what_is_in_train_is_left_out(tmp_path: Path) -> None:
         (
             [{"question": "Why?", "answer": "3 or 4"}],
             {},
-            "q.jsonl:1: field 'answer' must be a number, or end in '#### ' and a number with at most a unit, found '3",
+            "q.jsonl:1: field 'answer' must be a number with at most a unit, or end in '#### ' and one, found '3",
         ),
-        ([{"question": "Why?", "a": "None"}], {"answer": "a"}, "q.jsonl:1: field 'a' must be a number, or end"),
+        ([{"question": "Why?", "a": "None"}], {"answer": "a"}, "q.jsonl:1: field 'a' must be a number with "),
         ([{"question": "Why?", "answer": True}], {}, "q.jsonl:1: field 'answer' must be str or int or float"),
         ([{"A": "Why?", "B": " ", "answer": 3}], {"question": ["B"]}, "q.jsonl:1: field 'B' is empty or not text"),
         ([], {}, "data.tests.mine: no question is left of 0 "),

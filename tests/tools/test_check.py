@@ -92,11 +92,12 @@ def test_missing_files_are_all_listed(workplace: Path) -> None:
     change(
         workplace,
         "source: generated\n  train: 30\n  valid: 5\n  platinum: 20\n  changed: one\n  wrong_labels: 0.1",
-        "source: files\n  changed: one\n  valid: 5",
+        "source: files\n  changed: one\n  valid: 5\n  tests: {svamp: {source: file, file: s.csv}}",
     )
     error, text = refusal()
-    assert error == "own.train my.jsonl: there is no such file (and 1 more above)"
-    assert "own.platinum held.jsonl" in text and text.count("OK") == 3
+    assert error == "own.train my.jsonl: there is no such file (and 2 more above)"
+    assert "own.platinum held.jsonl" in text and "data.tests.svamp tests/s.csv" in text
+    assert text.count("OK") == 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from stages.policy.adapter import load_tokenizer
 from stages.run.errors import UserError
 from stages.run.files import read_jsonl, write_jsonl
 from stages.run.params import load_params
-from stages.run.paths import CHANGED, PLATINUM, TRAIN, VALID
+from stages.run.paths import CHANGED, PLATINUM, TESTS, TRAIN, VALID
 from stages.tools import ask, check
 from stages.tools.model_check import find_model
 from stages.train.selection import Selection
@@ -111,6 +111,7 @@ def made(place: Path) -> Path:
     write_jsonl(VALID, [row("valid-0")])
     write_jsonl(PLATINUM, [row("platinum-0"), row("platinum-1", 45)])
     write_jsonl(CHANGED, [row("platinum-1~1", 45) | {"of": "platinum-1"}])
+    write_jsonl(TESTS, [row("svamp-0", 45) | {"test": "svamp"}])
     for path in (TRAIN, VALID, PLATINUM):
         write_manifest(path.parent)
     return place
@@ -127,16 +128,18 @@ def test_check_counts_them(made: Path) -> None:
     assert error == (
         "data/gsm8k/train.jsonl: 2 questions too long for the model's context of 512 tokens (with "
         "rollout.max_new_tokens, 64, for the answer); train-1 is the longest, 2,207; leave them out, lower "
-        "rollout.max_new_tokens, or take a model with a longer context (and 2 more above)"
+        "rollout.max_new_tokens, or take a model with a longer context (and 3 more above)"
     )
     assert "data/gsm8k/platinum.jsonl: 1 question too long" in text and "valid.jsonl" not in text
     assert "data/gsm8k/changed.jsonl: 1 question too long" in text
+    assert "data/gsm8k/tests.jsonl: 1 question too long" in text
     update(model={"source": "shipped"})
     assert "train.jsonl: 2 questions too long for the model's context of 512 tokens" in run_check()[1]
     rows = list(read_jsonl(TRAIN))
     write_jsonl(TRAIN, rows[::2])
     write_jsonl(PLATINUM, [row("platinum-0")])
     write_jsonl(CHANGED, [])
+    write_jsonl(TESTS, [])
     assert run_check()[1] == ""
 
 

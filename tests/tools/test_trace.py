@@ -153,12 +153,13 @@ def test_a_pair_back_to_its_arms_and_seeds(run: Path) -> None:
     ]
     assert set(states(picture).values()) == {AS_RECORDED} and not picture["broken"]
     steps = {step.stage: step for step in picture["steps"]}
-    assert list(steps) == ["dpo", "preference", "coherence", "rollout", "sft", "base", "prepare"]
+    rounds = ["dpo@dpo", "preference@dpo", "coherence@dpo", "rollout@dpo"]
+    assert list(steps) == [*rounds, "sft", "base", "prepare"]
     assert {step.profile for step in picture["steps"]} == {"own"}
     # What one stage names, another one made.
-    read = {link.path: link.recorded for link in steps["dpo"].links if link.role == "read"}
+    read = {link.path: link.recorded for link in steps["dpo@dpo"].links if link.role == "read"}
     assert read["checkpoints/sft_lora"] == steps["sft"].identity
-    assert read["data/coherence_preferences/dpo.jsonl"] == steps["preference"].identity
+    assert read["data/coherence_preferences/dpo.jsonl"] == steps["preference@dpo"].identity
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -1,0 +1,60 @@
+"""Is DPO better than simply learning the right answers? Ways to train on the same pairs, on the tiny profile.
+
+    python bench/ways.py --keep ways     # fifty minutes on two cores
+
+Each way is one value of `dpo.loss_type`; all other parameters are the profile's. All ways of a seed share its problems,
+SFT adapter, rollouts and pairs. Prints Markdown tables, those of docs/regime-w.md. What is in the --keep folder is not
+run again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from arms import Arm, arms_parser, print_differences, print_levels, run_arms
+from common import call, change
+
+from stages.run.files import read_jsonl
+from stages.run.paths import LAST
+
+WAYS = {  # name: loss_type, loss_weights
+    "DPO + NLL": ("[sigmoid, sft]", "[1.0, 1.0]"),  # the profile's own
+    "DPO": ("[sigmoid]", "[1.0]"),
+    "RFT": ("[sft]", "[1.0]"),
+    "IPO": ("[ipo]", "[1.0]"),
+    "length-normalised DPO": ("[sigmoid_norm]", "[1.0]"),
+}
+
+
+def main() -> None:
+    """Run every way on every seed and print the tables."""
+    options = arms_parser(__doc__).parse_args()
+    folder = (options.keep or Path(tempfile.mkdtemp(prefix="ways-"))).resolve()
+    arms = [Arm(name, trained_by(*loss)) for name, loss in WAYS.items()]
+    results = run_arms(arms, options, folder)
+    print_levels(results)
+    print()
+    first, *others = WAYS
+    print_differences(results, [(first, other) for other in others])
+    if not options.keep:
+        shutil.rmtree(folder)
+
+
+def trained_by(losses: str, weights: str) -> Callable[[Path, int], int]:
+    """An arm that trains by those losses."""
+
+    def run(place: Path, seed: int) -> int:
+        keys = [f"dpo.loss_type={losses}", f"dpo.loss_weights={weights}"]
+        change(place / "profiles/tiny.yaml", keys)
+        call(place, "python", "-m", "stages", "preference")
+        call(place, "python", "-m", "stages", "dpo")
+        return sum(1 for _ in read_jsonl(place / LAST.pairs))
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
