@@ -34,6 +34,7 @@ RERUN = "tests/pipeline/test_rerun_rules.py::"
 HOST = "tests/scripts/test_host.py::"
 OUTLIVES = HOST + "test_a_run_outlives_the_connection_it_was_started_from"
 COMPARED = PIPELINE + "test_sft_and_dpo_are_compared_by_dvcs_own_command"
+SWEEP = "tests/pipeline/test_experiments.py::test_a_queue_of_four_from_start_to_table"
 STORED = "tests/pipeline/test_remotes.py::"
 MAKE = "tests/test_docs_commands.py::test_make_runs_what_the_tests_run"
 # Command (a regular expression for all of it), the test that runs it, and a text in that test to know it by.
@@ -72,6 +73,9 @@ COVERED = (
     (r"python -m stages pretrain \.\./base-again",
      "tests/tiny/test_base.py::test_the_command_makes_such_a_folder_with_the_same_bytes_each_time", "main(tmp_path"),
     (r"python -m stages check", PIPELINE + "test_check_passes_and_shows_the_first_prompts", "check"),
+    (r"dvc exp run (--queue -S .+ dpo|--run-all -j 1)|dvc exp apply NAME", SWEEP, "apply"),
+    (r"dvc queue (status|logs NAME)|dvc exp show", SWEEP, "queue"),
+    (r"python -m stages results --experiments( NAME)?", SWEEP, "--experiments"),
     (r"python -m stages results", PIPELINE + "test_results_are_printed_as_a_table", "results"),
     (r"python -m stages evaluate sft", PIPELINE + "test_an_evaluation_run_again_gives_the_same_bytes", "evaluate"),
     (r"python -m stages coherence", RERUN + "test_a_private_scorer_outside_the_tree_is_a_dependency", "coherence"),
