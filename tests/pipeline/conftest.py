@@ -33,7 +33,7 @@ REPO = Path(__file__).resolve().parents[2]
 SMALL: dict[str, dict[str, Any]] = {
     "data": {"train": 150, "valid": 30, "platinum": 60, "tests": {"larger": {"questions": 12}}},
     "sft": {"examples": 120, "epochs": 2, "batch": 8, "learning_rate": 1e-3, "checkpoint_steps": 10,
-        "select": {"steps": 10, "questions": 15, "samples": 1, "level": 1.0},
+        "select": {"steps": 30, "questions": 15, "samples": 1, "level": 1.0},
     },
     "rollout": {"questions": 50},
     "dpo": {
