@@ -381,6 +381,9 @@ def _print_looks(console: Console, params: Params) -> None:
     for name, looks in _looks(params).items():
         spec = getattr(params, name).select
         asked = min(spec.questions, params.data.valid)
+        if spec.level == 1:  # no test decides
+            table.add_row(name, str(looks), *["any"] * len(gains), f"{asked:,}", "any")
+            continue
         needed = [
             "–".join(f"{questions_needed(gain, share, spec.level, looks):,}" for share in CHANGING)
             for gain in gains
