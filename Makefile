@@ -49,7 +49,7 @@ repro: $(VENV)/installed
 	@$(BIN)/python -m stages repro
 
 # Two workers, which take whole files, the long ones first (tests/conftest.py).
-test: WHICH = -m "not ray"
+test: WHICH = -m "not ray and not slow"
 test-all: WHICH = --kills 20
 test test-all: $(VENV)/installed-dev $(VENV)/s3-server/installed
 	$(BIN)/ruff check .
@@ -57,7 +57,7 @@ test test-all: $(VENV)/installed-dev $(VENV)/s3-server/installed
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(WHICH)
 
-# Also Ray, twenty kills of each stage, and vLLM itself.
+# Also Ray, the slow ones, twenty kills of each stage, and vLLM itself.
 test-all: $(VENV)/installed-ray test-vllm
 
 # The engines' tests with vLLM itself, on the processor; the rest of `make test` needs none of it.

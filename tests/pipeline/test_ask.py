@@ -43,11 +43,11 @@ def test_samples_vote(small_run: Project) -> None:
 
 
 def test_compare_and_grade_repeat_what_the_run_found(small_run: Project) -> None:
-    """The graded log is the evaluation's, and the comparison the report's, but for twins, which no log has."""
+    """The graded log is the evaluation's, and the comparison the report's, but for twins, votes and other test sets."""
     sft, dpo = (f"data/platinum_eval/{policy}.jsonl" for policy in ("sft", "dpo"))
     compared = json.loads(small_run.stages("compare", sft, dpo, "--json").stdout)
     reported = json.loads((small_run.root / "metrics/comparison.json").read_text())["sft_to_dpo"]
-    for name in ("changed", "both"):
+    for name in ("changed", "both", "coherent", "tests"):
         del reported[name]
     for name, value in reported.items():
         words = value.replace("SFT", "sft").replace("DPO", "dpo") if isinstance(value, str) else value
@@ -57,6 +57,6 @@ def test_compare_and_grade_repeat_what_the_run_found(small_run: Project) -> None
     assert out.read_bytes() == (small_run.root / dpo).read_bytes()
     details = json.loads((small_run.root / "metrics/platinum_details/dpo.json").read_text())
     # The bootstrap of evaluate has the run's seed; all else is the same to the last bit.
-    others = ("_at_", "_hat_", "agreement", "changed", "both", "kept", "twin")
+    others = ("_at_", "_hat_", "agreement", "changed", "both", "kept", "twin", "tests")
     exact = {name for name in details if not any(part in name for part in others)}
     assert {name: graded[name] for name in exact} == {name: details[name] for name in exact}

@@ -65,6 +65,7 @@ def test_a_watched_training_gives_the_same_bytes(watched: Project) -> None:
     assert not (watched.guard / "attempts").exists()
 
 
+@pytest.mark.slow
 def test_a_queue_of_four_from_start_to_table(watched: Project, tmp_path: Path) -> None:
     """Where python3 is not the environment's, without a network, and with a tracker. Platinum is for the chosen one."""
     programs = tmp_path / "bin"
