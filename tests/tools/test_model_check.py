@@ -147,7 +147,7 @@ def test_check_counts_them(made: Path) -> None:
     ("stage", "message"),
     [
         (sft.main, "train.jsonl: 2 questions too long for the model's context of 512 tokens; train-1 is the longest"),
-        (rollout.main, "train.jsonl: 2 questions too long for the model's context of 512 tokens (with rollout.max_new"),
+        (lambda: rollout.main("dpo"), "train.jsonl: 2 questions too long for the model's context of 512 tokens (w"),
         (lambda: evaluate.main("base"), "platinum.jsonl: 1 question too long for the model's context of 512 tokens (w"),
     ],
     ids=["sft", "rollout", "evaluate"],

@@ -119,5 +119,5 @@ def test_bad_input(file: Path, change: dict[str, Any], said: str) -> None:
         suspects.main(file)
     assert str(error.value).startswith("scored.jsonl") and said in str(error.value)
     file.write_text("")
-    with pytest.raises(UserError, match=r"scored\.jsonl: holds no questions; run `dvc repro coherence`"):
+    with pytest.raises(UserError, match=r"scored\.jsonl: holds no questions; run `dvc repro`"):
         suspects.main(file)

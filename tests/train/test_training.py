@@ -395,7 +395,7 @@ def test_rows_end_to_end_learn_what_padded_rows_learn(
         if phase == "sft":
             trainer = sft_trainer(project, base_folder)
         else:
-            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, 0.5)
+            trainer, _ = dpo_trainer(project, base_folder, sft_adapter, {"sigmoid": 1.0, "sft": 0.5})
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # what it drops depends on where a token lies
