@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.pipeline
 
-STAGE_RUNS = ["prepare", "base", "sft", "rollout", "coherence", "preference", "dpo", "headline", "report"] + [
-    f"{stage}@{policy}" for stage in ("evaluate", "vote") for policy in ("base", "sft", "dpo")
+STAGE_RUNS = [
+    *("prepare", "base", "sft", "headline", "report"),
+    *(f"{stage}@dpo" for stage in ("rollout", "coherence", "preference", "dpo")),
+    *(f"{stage}@{policy}" for stage in ("evaluate", "vote") for policy in ("base", "sft", "dpo")),
 ]
 LIMIT = 80  # tokens; a solution of R1's takes about 50
 # Less of everything. A random model learns from few short texts only at a high rate.
