@@ -5,8 +5,7 @@
 
 Ours is `python -m stages evaluate sft` with `evaluate.samples: 0`. The harness is `lm_eval run --model hf` with the
 adapter by `peft=` and its own gsm8k task, in which the questions, the prompt, the token limit and the end token are
-replaced by ours; filters and metric stay. Both have the profile's threads. The harness keeps torch's choice of
-instruction set, ours takes AVX2.
+replaced by ours; filters and metric stay. Both have the profile's threads.
 
 Every round runs all of them, one after the other, so that a busy moment of the machine does not hit one alone. The
 least of all rounds counts. "whole command" begins with starting Python, "generating" is what each reports of itself,
