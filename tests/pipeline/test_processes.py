@@ -70,7 +70,7 @@ def test_a_killed_process_costs_its_piece_only(project: Project) -> None:
     deadline = time.monotonic() + 120
     while stage.poll() is None and (len(workers) < 2 or lines < 20) and time.monotonic() < deadline:
         workers = workers if len(workers) == 2 else workers_of(stage.pid)
-        journals = list((project.root / ".work/rollout").glob("*/journal.jsonl"))
+        journals = list((project.root / ".work/rollout@dpo").glob("*/journal.jsonl"))
         lines = journals[0].read_bytes().count(b"\n") if journals else 0
         time.sleep(0.001)
     assert len(workers) == 2
