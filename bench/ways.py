@@ -2,7 +2,8 @@
 
     python bench/ways.py --keep ways     # fifty minutes on two cores
 
-Each way is one value of `dpo.loss_type`; all other parameters are the profile's. All ways of a seed share its problems,
+Each way is one value of `dpo.loss_type`. `beta` means another thing in each loss, so each has its own; all other
+parameters are the profile's. All ways of a seed share its problems,
 SFT adapter, rollouts and pairs. Prints Markdown tables, those of docs/regime-w.md. What is in the --keep folder is not
 run again.
 """
@@ -20,12 +21,12 @@ from common import call, change
 from stages.run.files import read_jsonl
 from stages.run.paths import LAST
 
-WAYS = {  # name: loss_type, loss_weights
-    "DPO + NLL": ("[sigmoid, sft]", "[1.0, 1.0]"),  # the profile's own
-    "DPO": ("[sigmoid]", "[1.0]"),
-    "RFT": ("[sft]", "[1.0]"),
-    "IPO": ("[ipo]", "[1.0]"),
-    "length-normalised DPO": ("[sigmoid_norm]", "[1.0]"),
+WAYS = {  # name: loss_type, loss_weights, beta
+    "DPO + NLL": ("[sigmoid, sft]", "[1.0, 1.0]", 0.1),  # the profile's own
+    "DPO": ("[sigmoid]", "[1.0]", 0.1),
+    "RFT": ("[sft]", "[1.0]", 0.1),  # beta does nothing
+    "IPO": ("[ipo]", "[1.0]", 1.0),  # a margin of half a nat a token
+    "length-normalised DPO": ("[sigmoid_norm]", "[1.0]", 5.0),  # as Tülu 3 (arXiv 2411.15124)
 }
 
 
@@ -43,11 +44,11 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def trained_by(losses: str, weights: str) -> Callable[[Path, int], int]:
+def trained_by(losses: str, weights: str, beta: float) -> Callable[[Path, int], int]:
     """An arm that trains by those losses."""
 
     def run(place: Path, seed: int) -> int:
-        keys = [f"dpo.loss_type={losses}", f"dpo.loss_weights={weights}"]
+        keys = [f"dpo.loss_type={losses}", f"dpo.loss_weights={weights}", f"dpo.beta={beta}"]
         change(place / "profiles/tiny.yaml", keys)
         call(place, "python", "-m", "stages", "preference")
         call(place, "python", "-m", "stages", "dpo")

@@ -17,9 +17,11 @@ import pytest
 from rich.console import Console
 
 from stages import report
+from stages.page import facts
 from stages.page.table import print_results
 from stages.run.errors import UserError
 from stages.run.files import write_json, write_jsonl
+from stages.run.paths import KEPT
 from stages.stats.changed import changed_metrics
 from stages.stats.looks import LUCK, judge, kept_words
 from stages.stats.one import BOOTSTRAP_SEED, summarise
@@ -552,3 +554,18 @@ def test_table_of_nothing(workplace: Path) -> None:
     shutil.rmtree(workplace / "metrics")
     with pytest.raises(UserError, match="no results yet"):
         print_results()
+
+
+def test_a_round_that_kept_its_start_has_the_starts_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its best look was better, but not by the test; the table goes by what is kept."""
+    monkeypatch.chdir(tmp_path)
+    scores = {"last": 16, "score_start": 0.5, "score_best": 0.6}
+    KEPT.mkdir(parents=True)
+    for name, kept in (("round1", 0), ("dpo", 8)):
+        write_json(KEPT / f"{name}.json", {"kept": kept, **scores})
+    starts = {"round1": "checkpoints/sft_lora", "dpo": "checkpoints/dpo_coherence_lora/round1"}
+    first, second = facts._rounds(starts)
+    assert (first["kept"], first["score"], first["from_score"]) == (0, 0.5, 0.5)
+    assert (second["kept"], second["score"], second["steps"]) == (8, 0.6, 16)

@@ -234,7 +234,7 @@ def _short(text: str) -> str:
 def round_files(starts: Mapping[str, str]) -> list[Path]:
     """What the table of the rounds is made of."""
     rounds = map(RoundPaths, chain(starts))
-    return [path for one in rounds for path in (one.regime_w, one.preference, one.selection)]
+    return [path for one in rounds for path in (one.regime_w, one.preference)]
 
 
 def _rounds(starts: Mapping[str, str]) -> list[Row]:
@@ -249,15 +249,10 @@ def _rounds(starts: Mapping[str, str]) -> list[Row]:
             row["s_wm"] = scored["signals"]["s_wm"]
         if own.preference.is_file():
             row["pairs"] = read_json(own.preference)["pairs"]
-        if own.selection.is_file() and (table := _read_csv(own.selection)):
-            scores = {int(line["step"]): float(line["score"]) for line in table}
-            best = max(scores, key=lambda step: (scores[step], -step))
-            row |= {
-                "kept": best,
-                "steps": max(scores),
-                "score": scores[best],
-                "from_score": scores[min(scores)],
-            }
+        if judged := read_kept([name]).get(name):
+            score = judged["score_best" if judged["kept"] else "score_start"]
+            row |= {"kept": judged["kept"], "steps": judged["last"], "score": score}
+            row["from_score"] = judged["score_start"]
         rows.append(row)
     return rows
 

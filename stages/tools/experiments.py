@@ -76,6 +76,8 @@ def read_experiments() -> tuple[Values, list[Experiment]]:
     if done.returncode:
         raise UserError(f"`dvc exp show` failed: {' '.join(done.stderr.split()) or done.returncode}")
     _, commit, *_ = json.loads(done.stdout)
+    if not commit["data"]:
+        raise UserError(f"the commit's dvc.yaml cannot be read by DVC: {(commit['error'] or {}).get('msg')}")
     found = []
     for one in commit["experiments"] or []:
         last = one["revs"][0]
