@@ -537,6 +537,12 @@ class Params(Section):
         """All policies, in the order of the pipeline."""
         return policies_of(self.starts)
 
+    def by_key(self, section: str) -> dict[str, Any]:
+        """A section by its key: the one of all rounds, and that of each round which has something of its own."""
+        own = {f"rounds.{name}.{section}": self.section_of(section, name) for name in self.chain}
+        shared = getattr(self, section)
+        return {section: shared} | {key: spec for key, spec in own.items() if spec != shared}
+
     def section_of(self, section: str, round_name: str) -> Any:
         """A section as one round has it: its own values over those of all rounds.
 

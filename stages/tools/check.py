@@ -251,24 +251,17 @@ def estimates(params: Params, shape: Shape, device: Device, processes: int) -> I
     """(stage, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
     if not device.cuda and not computes_bf16():
         shape = replace(shape, width=4)  # it is stored in the profile's precision, and loaded in 32 bits
-    for name, spec in {"sft": params.sft, **_of_rounds(params, "dpo")}.items():
-        yield (name, *_training(params, spec, shape, device, processes))
-    lengths = {name: spec.max_new_tokens for name, spec in _of_rounds(params, "rollout").items()}
+    for key, spec in {"sft": params.sft, **params.by_key("dpo")}.items():
+        yield (key, *_training(params, spec, shape, device, processes))
+    lengths = {key: spec.max_new_tokens for key, spec in params.by_key("rollout").items()}
     lengths["evaluate"] = params.evaluate.max_new_tokens
-    for name, new in lengths.items():
+    for key, new in lengths.items():
         need = memory.generation_need(shape, params.sft.lora.r, memory.PROMPT_TOKENS, new)
         given = params.hardware.generation_batch
         rows = memory.generation_rows(need, device) if given == "auto" else given
-        advice = "lower hardware.generation_batch" if rows > 1 else f"lower {name}.max_new_tokens"
+        advice = "lower hardware.generation_batch" if rows > 1 else f"lower {key}.max_new_tokens"
         # vLLM fills all memory it is given; for it this is the least that it needs.
-        yield (name, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
-
-
-def _of_rounds(params: Params, section: str) -> dict[str, Any]:
-    """A section by stage: the one of all rounds, and that of each round which has something of its own."""
-    own = {f"{section}@{name}": params.section_of(section, name) for name in params.chain}
-    shared = getattr(params, section)
-    return {section: shared} | {name: spec for name, spec in own.items() if spec != shared}
+        yield (key, f"{need.at(rows) / GIB:.1f} GiB", f"up to {rows}", _verdict(need, rows, device, advice))
 
 
 def _training(
@@ -467,7 +460,7 @@ def _prompts(params: Params, example: dict[str, Any], tokenizer: Any) -> Iterato
         yield f"sft, style {style}: prompt", filled(style)
     yield "sft: completion (the end token follows)", completion
     arms: dict[tuple[str, str | None], list[str]] = {}
-    for name, arm in (one for spec in _of_rounds(params, "rollout").values() for one in spec.arms.items()):
+    for name, arm in (one for spec in params.by_key("rollout").values() for one in spec.arms.items()):
         arms.setdefault((arm.style, arm.system or params.prompt.system), []).append(name)
     for (style, system), names in arms.items():
         yield f"rollout, style {style}: {', '.join(names)}", filled(style, system)

@@ -143,6 +143,28 @@ def test_check_counts_them(made: Path) -> None:
     assert run_check()[1] == ""
 
 
+def test_check_counts_what_is_too_long_for_one_round(made: Path) -> None:
+    """A round may have arms and lengths of its own."""
+    write_jsonl(TRAIN, [row("train-0")])
+    for path in (PLATINUM, CHANGED, TESTS):
+        path.unlink()
+    assert run_check()[1] == ""
+    path, yaml = Path("params.yaml"), YAML()
+    values = yaml.load(path.read_text(encoding="utf-8"))
+    values["rounds"]["dpo"] |= {
+        "rollout": {"max_new_tokens": 505},
+        "dpo": {"select": {"max_new_tokens": 506}},
+    }
+    yaml.dump(values, path)
+    text, error = run_check()
+    assert (
+        "train.jsonl: 1 question too long" in text + error
+        and "valid.jsonl: 1 question too long" in text + error
+    )
+    assert "rounds.dpo.rollout.max_new_tokens" in text + error
+    assert "lower rounds.dpo.dpo.select.max_new_tokens" in text + error
+
+
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
