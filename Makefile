@@ -48,14 +48,14 @@ $(VENV)/installed-ray: $(VENV)/installed requirements-ray.txt
 repro: $(VENV)/installed
 	@$(BIN)/python -m stages repro
 
-# Two workers, which take whole files, the long ones first (tests/conftest.py).
+# Three workers, as each of them waits for a third of its time; they take whole files, the long ones first (tests/conftest.py).
 test: WHICH = -m "not ray and not slow"
 test-all: WHICH = --kills 20
 test test-all: $(VENV)/installed-dev $(VENV)/s3-server/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10 $(WHICH)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10 $(WHICH)
 
 # Also Ray, the slow ones, twenty kills of each stage, and vLLM itself.
 test-all: $(VENV)/installed-ray test-vllm

@@ -12,10 +12,11 @@ import pytest
 # The models of the tests are tiny. More threads would only wait for each other, for minutes on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# The files that take longest. The second one needs no small run, so that a second worker need not wait for it.
+# The files that take longest. Two of the first three need no small run, so that the other workers need not wait for it.
 LONG = [
-    "pipeline/test_pipeline.py", "pipeline/test_big_profiles.py", "pipeline/test_kill.py", "launch/test_training.py",
-    "pipeline/test_rerun_rules.py", "pipeline/test_remotes.py", "pipeline/test_processes.py", "launch/test_memory.py",
+    "pipeline/test_pipeline.py", "pipeline/test_big_profiles.py", "launch/test_training.py", "pipeline/test_kill.py",
+    "pipeline/test_rounds.py", "pipeline/test_rerun_rules.py", "pipeline/test_remotes.py", "pipeline/test_processes.py",
+    "launch/test_memory.py",
 ]  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that several workers (`pytest -n 2 --dist loadfile`) end at about the same time."""
+    """Long files first, so that several workers (`pytest -n 3 --dist loadfile`) end at about the same time."""
     place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
 

@@ -197,5 +197,5 @@ def test_make_runs_what_the_tests_run(tmp_path: Path) -> None:
     test = plan("test").splitlines()
     assert any("-r requirements-dev.txt -r requirements-remote.txt" in line for line in test)
     assert [line.split()[0].rpartition("/")[2] for line in test[-4:]] == ["ruff", "ruff", "mypy", "python"]
-    assert "-m pytest -n 2 " in test[-1]
+    assert "-m pytest -n 3 " in test[-1]
     assert "--kills 20" in plan("test-all") and "--kills" not in test[-1]

@@ -219,6 +219,7 @@ def test_r1_runs_whole(small_project: Project, tmp_path: Path) -> None:
     assert "<｜Assistant｜><think>" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("profile", "family", "pad"),
     [("smollm2-135m", SMOLLM2, "<|endoftext|>"), ("qwen2.5-0.5b", QWEN_INSTRUCT, "<|endoftext|>")],

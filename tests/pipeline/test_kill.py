@@ -378,7 +378,7 @@ def test_killed_again_and_again_it_gives_the_same_bytes(
     assert len(reached) > kills / 4, f"the kills did not spread over the run: {reached}"
 
 
-@pytest.mark.parametrize("stage", ["rollout@dpo", "sft"])
+@pytest.mark.parametrize("stage", ["rollout@dpo", pytest.param("sft", marks=pytest.mark.slow)])
 def test_killing_dvc_ends_its_stage_and_the_next_repro_goes_on(
     stage: str, small_run: Project, copy_run: Callable[[], Project]
 ) -> None:

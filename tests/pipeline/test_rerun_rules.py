@@ -6,6 +6,7 @@ tests/test_layout.py checks what dvc.yaml lists for each stage, and tests/test_d
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -224,29 +225,21 @@ def test_another_signal_for_the_vote_reruns_the_votes_and_the_page(copy_run: Cal
     assert project.status() == {}
 
 
-def test_other_twins_are_asked_and_nothing_is_trained_again(copy_run: Callable[[], Project]) -> None:
-    """Twins change no training data. Without any, the metrics have none of their figures."""
+def test_other_twins_and_test_sets_are_asked_and_nothing_is_trained_again(
+    copy_run: Callable[[], Project],
+) -> None:
+    """They change no training data. Without any, the metrics and the page have none of their figures."""
     project = copy_run()
-    project.update(TINY, {"data.changed": "none"})
-    ran = set(project.repro())
-    assert {"prepare", *EVALUATIONS} <= ran <= {"prepare", *EVALUATIONS, *VOTES, "headline", "report"}
-    few = json.loads((project.root / "metrics/platinum/sft.json").read_text())
-    assert "accuracy" in few and not {"changed", "both", "kept"} & set(few)
-    assert '"twins"' not in (project.root / "data/platinum_eval/sft.jsonl").read_text(encoding="utf-8")
-    assert 'id="twins"' not in (project.root / "report.html").read_text(encoding="utf-8")
-
-
-def test_other_test_sets_are_asked_and_nothing_is_trained_again(copy_run: Callable[[], Project]) -> None:
-    """Test sets change no training data. Without any, the metrics and the page have none of their figures."""
-    project = copy_run()
-    few = json.loads((project.root / "metrics/platinum/sft.json").read_text())
-    assert list(few["tests"]) == ["larger"]
-    assert 'id="tests"' in (project.root / "report.html").read_text(encoding="utf-8")
-    project.update(TINY, {"data.tests": {}})
+    sft, page = project.root / "metrics/platinum/sft.json", project.root / "report.html"
+    assert list(json.loads(sft.read_text())["tests"]) == ["larger"]
+    assert 'id="tests"' in page.read_text(encoding="utf-8")
+    project.update(TINY, {"data.changed": "none", "data.tests": {}})
     ran = set(project.repro())
     # Other batches may round the samples' log-probabilities otherwise, and then the votes follow.
     after = {"prepare", *EVALUATIONS, "headline", "report"}
     assert after <= ran <= {*after, *VOTES}
-    assert "tests" not in json.loads((project.root / "metrics/platinum/sft.json").read_text())
+    few = json.loads(sft.read_text())
+    assert "accuracy" in few and not {"changed", "both", "kept", "tests"} & set(few)
+    assert '"twins"' not in (project.root / "data/platinum_eval/sft.jsonl").read_text(encoding="utf-8")
     assert (project.root / "data/tests_eval/sft.jsonl").read_bytes() == b""
-    assert 'id="tests"' not in (project.root / "report.html").read_text(encoding="utf-8")
+    assert not re.search('id="(twins|tests)"', page.read_text(encoding="utf-8"))

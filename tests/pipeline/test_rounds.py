@@ -151,6 +151,7 @@ def test_a_rate_of_the_last_round_runs_nothing_of_the_first(two_rounds: Project,
     assert traced["broken"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["rollout", "dpo"])
 def test_the_second_round_is_killed(
     stage: str, two_rounds: Project, tmp_path: Path, pytestconfig: pytest.Config
