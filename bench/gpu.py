@@ -1,13 +1,15 @@
-"""The real run's work on a GPU: a 7B model of Abel's shape, measured beside what a user would run otherwise.
+"""The real run's work: a 7B model of Abel's shape on a GPU, measured beside what a user would run otherwise.
 
     python bench/gpu.py                # one GPU or several: 9 minutes, one table last
     python bench/gpu.py --try all      # also settings that might train faster; give it --minutes 20
-    python bench/gpu.py --small        # the same on a tiny model, on the CPU: does the bench itself work?
+    python bench/gpu.py --smollm2      # the same on a processor: SmolLM2-135M's shape and profile
+    python bench/gpu.py --small        # a tiny model, on the CPU: does the bench itself work?
 
 Nothing is downloaded. The model is a Mistral of Abel-7B-002's configuration with random bf16 weights, made on the
-GPU, under a random LoRA adapter; sizes and settings are those of profiles/abel-7b.yaml. Random weights do not stop by
-themselves, so every request has a limit of its own. Lengths follow GSM8K's training set in the tokens of Mistral's
-tokenizer (LENGTHS below); answers are stretched to 200 tokens on average.
+GPU, under a random LoRA adapter; sizes and settings are those of profiles/abel-7b.yaml (SmolLM2's are those of
+profiles/smollm2-135m.yaml). Random weights do not stop by themselves, so every request has a limit of its own. Lengths
+follow GSM8K's training set in the tokens of Mistral's tokenizer (LENGTHS below); answers are stretched to 200 tokens on
+average.
 
 Each part runs in a process of its own, so that its memory is its own and a failure costs its rows only:
 
@@ -68,20 +70,27 @@ from stages.run.files import read_json, write_json
 from stages.run.guard import end_with
 from stages.run.params import Params, Sections, load_params
 from stages.run.paths import BASE, SFT_ADAPTER
-from stages.run.process import fix_arithmetic, prepare_process
+from stages.run.process import computes_bf16, fix_arithmetic, prepare_process
 from stages.run.stage import StageRun
 
 EXAMPLES, PLATINUM, ANSWER_TOKENS = 7_473, 1_209, 200
 PLAIN_ROWS = 32
 WARM_UP_STEPS = 2
 PLAN, RESULT = "plan.json", "result.json"
-ABEL = {
-    "vocab_size": 32_032, "hidden_size": 4_096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
-}  # fmt: skip
-SMALL = {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2_048,
+SHAPES = {
+    "abel-7b": {
+        "vocab_size": 32_032, "hidden_size": 4_096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8_192,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2_048,
+    },
 }  # fmt: skip
 # GSM8K's 7,473 training problems: the smallest, each twentieth, ... and the largest number of tokens.
 LENGTHS = {
@@ -132,9 +141,11 @@ def main() -> None:
     """Run all parts, one after the other, and print the table."""
     parser = new_parser(__doc__)
     parser.add_argument("--minutes", type=float, help="for all parts together (default 9; --small: 1.5)")
-    parser.add_argument("--small", action="store_true", help="a tiny model, on the CPU")
+    shape = {"action": "store_const", "dest": "shape", "default": "abel-7b"}
+    parser.add_argument("--small", const="small", help="a tiny model, on the CPU", **shape)
+    parser.add_argument("--smollm2", const="smollm2-135m", help="SmolLM2-135M's shape, on the CPU", **shape)
     parser.add_argument("--engine", default="auto", choices=["auto", "vllm", "transformers"])
-    parser.add_argument("--devices", type=int, help="to scale to (default: all GPUs; with --small: none)")
+    parser.add_argument("--devices", type=int, help="to scale to (default: all GPUs)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts, by name")
     parser.add_argument(
         "--try", nargs="+", default=[], dest="trials", metavar="TRIAL", help=f"all, or: {'; '.join(TRIALS)}"
@@ -147,16 +158,14 @@ def main() -> None:
     trials = list(TRIALS) if options.trials == ["all"] else options.trials
     if unknown := [name for name in trials if name not in TRIALS]:
         raise SystemExit(f"--try: there is no {unknown[0]!r}; there are: {'; '.join(TRIALS)}")
-    minutes = options.minutes or (1.5 if options.small else 9.0)
+    minutes = options.minutes or (1.5 if options.shape == "small" else 9.0)
     with tempfile.TemporaryDirectory() as folder:
-        place = prepare_place(Path(folder) / "place", options.small, options.engine)
-        chip = run_part(place, Part("matmul", "measure_matmul", {}), 120, options.small)["matmul"]
+        place = prepare_place(Path(folder) / "place", options.shape, options.engine)
+        chip = run_part(place, Part("matmul", "measure_matmul", {}), 120, options.shape)["matmul"]
         if "error" in chip:
             raise SystemExit(f"bench/gpu.py: {chip['error']}")
-        if chip["devices"] == 0 and not options.small:
-            raise SystemExit(
-                "bench/gpu.py: no NVIDIA GPU that torch can use; --small tries the bench on the CPU"
-            )
+        if chip["devices"] == 0 and options.shape == "abel-7b":
+            raise SystemExit("bench/gpu.py: no NVIDIA GPU that torch can use; --smollm2 is for processors")
         parts = {part.name: part for part in plan_parts(options.devices or chip["devices"], trials)}
         chosen = options.only or list(parts)
         if unknown := [name for name in chosen if name not in parts]:
@@ -164,7 +173,7 @@ def main() -> None:
         second = minutes * 60 / sum(parts[name].share for name in chosen)
         results: dict[str, Result] = {}
         for name in chosen:
-            results |= run_part(place, parts[name], parts[name].share * second, options.small)
+            results |= run_part(place, parts[name], parts[name].share * second, options.shape)
         params = load_params(place)
     print(
         f"{chip['chip']}; {versions('torch', 'transformers', 'trl', 'peft', 'vllm')}; {time.strftime('%F')}"
@@ -173,21 +182,18 @@ def main() -> None:
     print_table(*table(results, chip, params))
 
 
-def prepare_place(place: Path, small: bool, engine: str) -> Path:
-    """A folder with the repository's parameters, the profile abel-7b, and the bench's own changes."""
+def prepare_place(place: Path, shape: str, engine: str) -> Path:
+    """A folder with the repository's parameters, the profile of that shape, and the bench's own changes."""
     make_workplace(place)
-    change(place / "params.yaml", ["profile=abel-7b"])
+    profile = "abel-7b" if shape == "small" else shape
+    change(place / "params.yaml", [f"profile={profile}"])
     changes = [f"hardware.engine={engine}"]
-    if small:
+    if shape == "small":
         changes += ["hardware.threads=1", "hardware.processes=1", "hardware.generation_batch=64"]
-        changes += [
-            "sft.batch=16",
-            "dpo.batch=16",
-            "rollout.questions=4",
-            "sft.select.questions=8",
-            "dpo.select.questions=8",
-        ]
-    change(place / "profiles" / "abel-7b.yaml", changes)
+        changes += ["sft.batch=16", "dpo.batch=16"]
+    if shape != "abel-7b":
+        changes += ["rollout.questions=4", "sft.select.questions=8", "dpo.select.questions=8"]
+    change(place / "profiles" / f"{profile}.yaml", changes)
     return place
 
 
@@ -218,18 +224,21 @@ def plan_parts(devices: int, trials: Sequence[str]) -> list[Part]:
     return parts
 
 
-def run_part(place: Path, part: Part, seconds: float, small: bool) -> dict[str, Result]:
+def run_part(place: Path, part: Part, seconds: float, shape: str) -> dict[str, Result]:
     """What the part's process wrote; each result is an `error` when the process failed or took too long."""
     note(f"{part.name}: up to {seconds:.0f} s ...")
     started = time.monotonic()
-    patience = seconds + (300 if small else 120)  # a part ends by itself, but its start may take long
+    patience = seconds + (
+        120 if shape == "abel-7b" else 300
+    )  # a part ends by itself, but its start may take long
     work = place / "parts" / part.name.replace(" ", "-")
     work.mkdir(parents=True)
-    plan = {"work": part.work, "small": small, "devices": part.devices, "gives": part.gives, **part.plan}
+    plan = {"work": part.work, "shape": shape, "devices": part.devices, "gives": part.gives, **part.plan}
     write_json(work / PLAN, {**plan, "seconds": seconds, "until": time.time() + seconds})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "bench")))}
-    if small:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if shape != "abel-7b":
+        threads = load_params(place).hardware.threads or os.cpu_count()
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
     elif part.name != "matmul" and part.devices == 1:
         # One process that sees several GPUs would spread its trainer over them.
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -394,7 +403,11 @@ def measure_matmul(run: StageRun, plan: dict[str, Any]) -> dict[str, Result]:
         if turn:  # the first one warms up
             best = min(best, (time.perf_counter() - start) / times)
     devices = torch.cuda.device_count()
-    name = f"{devices} × {torch.cuda.get_device_name()}" if devices else "CPU, one thread"
+    name = (
+        f"{devices} × {torch.cuda.get_device_name()}"
+        if devices
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     rate = 2 * size**3 / best
     return {"matmul": {"chip": name, "devices": devices, "rate": rate, "size": size, "type": str(kind)[6:]}}
 
@@ -422,13 +435,13 @@ def average(kind: str) -> float:
     return sum(a + b for a, b in pairwise(lengths)) / 2 / (len(lengths) - 1)
 
 
-def draw_tokens(rng: random.Random, count: int, small: bool) -> list[int]:
+def draw_tokens(rng: random.Random, count: int, shape: str) -> list[int]:
     """Random tokens, none of them special."""
-    vocabulary = (SMALL if small else ABEL)["vocab_size"]
+    vocabulary = SHAPES[shape]["vocab_size"]
     return [rng.randrange(3, vocabulary) for _ in range(count)]
 
 
-def build_policy(run: StageRun, small: bool) -> tuple[Any, Any]:
+def build_policy(run: StageRun, shape: str) -> tuple[Any, Any]:
     """The base model with a random adapter on it, on this process's device, and a tokenizer."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -438,10 +451,11 @@ def build_policy(run: StageRun, small: bool) -> tuple[Any, Any]:
     torch.manual_seed(run.params.seed)
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     config = MistralConfig(
-        **(SMALL if small else ABEL), sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        **SHAPES[shape], sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
+    dtype = torch.bfloat16 if device != "cpu" or (shape != "small" and computes_bf16()) else torch.float32
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     spec = run.params.sft.lora
     lora = LoraConfig(
         r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules="all-linear",
@@ -464,7 +478,7 @@ def build_policy(run: StageRun, small: bool) -> tuple[Any, Any]:
 # ---- generation ----------------------------------------------------------------------------------------
 
 
-def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
+def build_requests(kind: str, run: StageRun, shape: str) -> list[Request]:
     """The requests of a whole rollout, greedy evaluation, or look at DPO's step."""
     params = run.params
     rng = random.Random(f"{params.seed}/{kind}")
@@ -475,7 +489,7 @@ def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
         requests.append(Request(name, prompt, limit, temperature, top_p, request_seed(params.seed, name)))
 
     def prompt() -> tuple[int, ...]:
-        return tuple(draw_tokens(rng, draw_length(rng, "prompt"), small))
+        return tuple(draw_tokens(rng, draw_length(rng, "prompt"), shape))
 
     if kind == "rollouts":
         for question in range(params.rollout.questions):
@@ -483,7 +497,7 @@ def build_requests(kind: str, run: StageRun, small: bool) -> list[Request]:
             for name, arm in params.rollout.arms.items():
                 add(f"{question}/{name}", by_style[arm.style], arm.temperature, arm.top_p)
     elif kind == "evaluation":
-        for question in range(24 if small else PLATINUM):
+        for question in range(PLATINUM if shape == "abel-7b" else 24):
             add(f"{question}/greedy", prompt(), 0.0)
     else:
         for question in range(params.dpo.select.questions):
@@ -501,7 +515,7 @@ def generate(run: StageRun, plan: dict[str, Any]) -> dict[str, Result]:
     from stages.launch.devices import engine_kind
 
     fix_arithmetic(run.params.hardware.threads, run.params.seed)
-    lists = {kind: build_requests(kind, run, plan["small"]) for kind in plan["requests"]}
+    lists = {kind: build_requests(kind, run, plan["shape"]) for kind in plan["requests"]}
     results: dict[str, Result] = {}
     began = time.perf_counter()
     with open_bench_engine(run, plan) as engine:
@@ -528,21 +542,21 @@ def open_bench_engine(run: StageRun, plan: dict[str, Any]) -> Iterator[Engine]:
     hardware = run.params.hardware
     if engine_kind(hardware) == "vllm" or plan["devices"] > 1:
         if not SFT_ADAPTER.exists():
-            save_policy(run, plan["small"])
+            save_policy(run, plan["shape"])
         with open_engine(SFT_ADAPTER, hardware) as engine:
             yield engine
     else:
-        model, tokenizer = build_policy(run, plan["small"])
+        model, tokenizer = build_policy(run, plan["shape"])
         yield engine_around(model.eval(), tokenizer, hardware)
 
 
-def save_policy(run: StageRun, small: bool) -> None:
+def save_policy(run: StageRun, shape: str) -> None:
     """Write base, tokenizer and adapter where the stages have them; the GPU is free again afterwards."""
     import torch
 
     from stages.policy.adapter import adapter_config, adapter_weights, save_adapter
 
-    model, tokenizer = build_policy(run, small)
+    model, tokenizer = build_policy(run, shape)
     weights, config = adapter_weights(model), adapter_config(model)
     model.unload().save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
@@ -575,11 +589,11 @@ def measure_engine(engine: Engine, requests: Sequence[Request], until: float) ->
 
 def generate_otherwise(run: StageRun, plan: dict[str, Any]) -> dict[str, Result]:
     """What `model.generate` does with the same requests, batch by batch; each list has its share of the time."""
-    model, tokenizer = build_policy(run, plan["small"])
+    model, tokenizer = build_policy(run, plan["shape"])
     model.eval()
     pad, results = tokenizer.pad_token_id, {}
     for name, (kind, share) in zip(plan["gives"], plan["requests"].items(), strict=True):
-        requests = build_requests(kind, run, plan["small"])
+        requests = build_requests(kind, run, plan["shape"])
         batches = plain_batches(requests, PLAIN_ROWS)
         random.Random(run.params.seed).shuffle(batches)  # there may be time for some of them only
         generate_plainly(model, [Request("warm", requests[0].prompt, 8)], pad, ends=())
@@ -606,7 +620,7 @@ def train(run: StageRun, most_rows: int | None) -> None:
     plan = read_json(run.work / PLAN)
     if not plan.get("defaults"):
         fix_arithmetic(run.params.hardware.threads, run.params.seed)
-    model, tokenizer = build_policy(run, plan["small"])
+    model, tokenizer = build_policy(run, plan["shape"])
     weights = count_weights(model)
     if plan.get("padding_free"):
         from padding_free import without_padding
@@ -662,7 +676,7 @@ def make_trainer(
 
     phase = plan["phase"]
     spec, seed = getattr(run.params, phase), run.params.seed
-    rows = training_rows(phase, run, plan["small"])
+    rows = training_rows(phase, run, plan["shape"])
     if plan.get("defaults"):
         arguments = {"output_dir": str(run.work / "trainer"), "use_cpu": not torch.cuda.is_available()}
         data = Dataset.from_list(rows)
@@ -702,16 +716,16 @@ def fuse_layers(model: Any) -> None:
     _apply_liger_kernel_to_instance(model.get_base_model(), rms_norm=True, swiglu=True, **only)
 
 
-def training_rows(phase: str, run: StageRun, small: bool) -> list[dict[str, list[int]]]:
+def training_rows(phase: str, run: StageRun, shape: str) -> list[dict[str, list[int]]]:
     """Rows as the stages tokenize them: SFT's with GSM8K's solutions, DPO's with answers of rollouts' length."""
     rng = random.Random(f"{run.params.seed}/{phase}")
 
     def answer(mean: float | None = None) -> list[int]:
-        return [*draw_tokens(rng, draw_length(rng, "answer", mean) - 1, small), 2]
+        return [*draw_tokens(rng, draw_length(rng, "answer", mean) - 1, shape), 2]
 
     rows = []
-    for _ in range(200 if small else 4000):
-        before = [1, *draw_tokens(rng, draw_length(rng, "prompt") - 1, small)]
+    for _ in range(4000 if shape == "abel-7b" else 200):
+        before = [1, *draw_tokens(rng, draw_length(rng, "prompt") - 1, shape)]
         if phase == "sft":
             after = answer()
             rows.append({"input_ids": before + after, "labels": [-100] * len(before) + after})

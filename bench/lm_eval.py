@@ -3,9 +3,10 @@
     python3 -m venv bench/.venv && bench/.venv/bin/pip install -r bench/requirements.txt
     python bench/lm_eval.py --batch-sizes 1 64 256     # after `dvc repro`
 
-Ours is `python -m stages evaluate sft` with `evaluate.samples: 0`. The harness is `lm_eval run --model hf` with the
-adapter by `peft=` and its own gsm8k task, in which the questions, the prompt, the token limit and the end token are
-replaced by ours; filters and metric stay. Both have the profile's threads.
+Ours is `python -m stages evaluate` with `evaluate.samples: 0`, for the SFT policy or the one that --policy names. The
+harness is `lm_eval run --model hf` with the adapter by `peft=` and its own gsm8k task, in which the questions, the
+prompt, the token limit and the end token are replaced by ours; filters and metric stay. Both have the profile's
+threads, and compute in 32 bits on a processor that has no bf16 instructions.
 
 Every round runs all of them, one after the other, so that a busy moment of the machine does not hit one alone. The
 least of all rounds counts. "whole command" begins with starting Python, "generating" is what each reports of itself,
@@ -36,10 +37,11 @@ from ruamel.yaml import YAML
 
 from stages.run.files import read_json, read_jsonl, write_json
 from stages.run.params import Params, load_params
-from stages.run.paths import BASE, CHANGED, PLATINUM, PLATINUM_EVAL, SFT_ADAPTER, TESTS, WORK
-from stages.run.process import OFFLINE
+from stages.run.paths import BASE, CHANGED, PLATINUM, PLATINUM_EVAL, TESTS, WORK
+from stages.run.process import OFFLINE, computes_bf16
+from stages.run.rounds import adapter_of
 from stages.text.number import stated
-from stages.text.prompts import prompt_ids, prompt_text
+from stages.text.prompts import filled_template, prompt_ids, prompt_messages, prompt_text
 
 HARNESS = ROOT / "bench/.venv/bin/lm_eval"
 GSM8K = "lib/python*/site-packages/lm_eval/tasks/gsm8k/gsm8k.yaml"  # in the harness's environment
@@ -66,6 +68,7 @@ def main() -> None:
         "--batch-sizes", nargs="+", default=["1", "64"], help="of the harness, `auto` too; its default is 1"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--policy", default="sft", help="which one to evaluate, `base` too")
     parser.add_argument("--threads", type=int, help="of both (default: the profile's)")
     parser.add_argument("--harness", type=Path, default=HARNESS, help="its `lm_eval` command")
     options = parser.parse_args()
@@ -91,7 +94,10 @@ def main() -> None:
         runs: dict[str, list[Timed]] = {name: [] for name in ("ours", *options.batch_sizes)}
         for number in range(options.rounds):
             for name, timed in runs.items():
-                run = run_ours(place, params) if name == "ours" else run_harness(place, params, harness, name)
+                if name == "ours":
+                    run = run_ours(place, params, options.policy)
+                else:
+                    run = run_harness(place, params, options.policy, harness, name)
                 timed.append(run)
                 note(
                     f"round {number + 1}, {name}: {run.whole:.1f} s, generating {run.generating:.1f} s, "
@@ -104,19 +110,21 @@ def write_task(place: Path, params: Params, harness: Path) -> None:
     """platinum.yaml: the harness's gsm8k task with our questions, prompt, limit and end token."""
     from transformers import AutoTokenizer
 
-    if params.prompt.chat:
-        raise SystemExit(f"profile {params.profile}: has chat prompts; this bench compares plain ones")
     [published] = harness.parents[1].glob(GSM8K)
     task = YAML(typ="safe").load(published)
     for name in ("tag", "dataset_name", "training_split", "fewshot_split"):
         task.pop(name)
     tokenizer = AutoTokenizer.from_pretrained(place / BASE, local_files_only=True)
+    if params.prompt.chat:
+        prompt = filled_template(tokenizer, prompt_messages(params.prompt, "{{question}}"))
+    else:
+        prompt = (tokenizer.bos_token or "") + prompt_text(params.prompt, "{{question}}")
     task |= {
         "task": "platinum",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(place / PLATINUM)}},
         "num_fewshot": 0,
-        "doc_to_text": (tokenizer.bos_token or "") + prompt_text(params.prompt, "{{question}}"),
+        "doc_to_text": prompt,
         "doc_to_target": "{{gold}}",
         "generation_kwargs": {
             "until": [tokenizer.eos_token],
@@ -127,17 +135,19 @@ def write_task(place: Path, params: Params, harness: Path) -> None:
     write_json(place / "platinum.yaml", task)  # JSON is YAML
 
 
-def run_ours(place: Path, params: Params) -> Timed:
+def run_ours(place: Path, params: Params, policy: str) -> Timed:
     """`python -m stages evaluate`, from an empty journal."""
-    whole, processor, _ = clock([sys.executable, "-m", "stages", "evaluate", "sft"], place, params)
+    whole, processor, _ = clock([sys.executable, "-m", "stages", "evaluate", policy], place, params)
     facts = read_json(sorted((place / WORK / "runs").glob("*.json"))[-1])
-    rows = list(read_jsonl(place / PLATINUM_EVAL / "sft.jsonl"))
+    rows = list(read_jsonl(place / PLATINUM_EVAL / f"{policy}.jsonl"))
     return Timed(whole, facts["seconds_of"]["generating"], processor, rows)
 
 
-def run_harness(place: Path, params: Params, harness: Path, batch_size: str) -> Timed:
+def run_harness(place: Path, params: Params, policy: str, harness: Path, batch_size: str) -> Timed:
     """`lm_eval run` with one batch size; its rows are in our order, one for each question and filter."""
-    model = f"pretrained={BASE},peft={SFT_ADAPTER}"
+    model = f"pretrained={BASE},dtype={'auto' if computes_bf16() else 'float32'}"
+    if adapter := adapter_of(policy):
+        model += f",peft={adapter}"
     with tempfile.TemporaryDirectory(dir=place) as out:
         command = [
             *(str(harness), "run", "--model", "hf", "--model_args", model, "--device", "cpu"),

@@ -4,7 +4,7 @@
 
 The second round draws trajectories of other questions from the policy that the first one made, and trains that policy
 on. It costs as many completions as a single round of twice the questions, so that one is what it must beat. All arms
-of a seed share its problems and SFT adapter. Prints Markdown tables, those of docs/regime-w.md. What is in the --keep
+of a seed share its problems and SFT adapter. Prints Markdown tables, those of docs/pipeline.md. What is in the --keep
 folder is not run again.
 """
 

@@ -3,9 +3,8 @@
     python bench/ways.py --keep ways     # fifty minutes on two cores
 
 Each way is one value of `dpo.loss_type`. `beta` means another thing in each loss, so each has its own; all other
-parameters are the profile's. All ways of a seed share its problems,
-SFT adapter, rollouts and pairs. Prints Markdown tables, those of docs/regime-w.md. What is in the --keep folder is not
-run again.
+parameters are the profile's. All ways of a seed share its problems, SFT adapter, rollouts and pairs. Prints Markdown
+tables, those of docs/pipeline.md. What is in the --keep folder is not run again.
 """
 
 from __future__ import annotations

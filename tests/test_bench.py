@@ -38,7 +38,7 @@ def test_flops_are_those_that_torch_counts(gpu: ModuleType) -> None:
     """Forward and LoRA's backward; torch counts all of the plain attention, the bench its causal half."""
     lora = SimpleNamespace(r=8, alpha=16, dropout=0.0)
     run = SimpleNamespace(params=SimpleNamespace(seed=1, sft=SimpleNamespace(lora=lora)))
-    model, _ = gpu.build_policy(run, small=True)
+    model, _ = gpu.build_policy(run, "small")
     model.set_attn_implementation("eager")
     model.enable_input_require_grads()  # as under gradient checkpointing
     rows, length = 3, 96
@@ -83,7 +83,7 @@ def test_a_stopped_measurement_leaves_out_the_first_quarter(
 
 def test_the_projection_is_the_sum_of_the_profiles_work(gpu: ModuleType, tmp_path: Path) -> None:
     """At round rates: 4,000 rollouts, 3 x 1,209 x 9 answers, 2 x 5 looks of 1,200, 3 epochs, 2,500 pairs."""
-    place = gpu.prepare_place(tmp_path / "place", False, "auto")
+    place = gpu.prepare_place(tmp_path / "place", "abel-7b", "auto")
     params = gpu.load_params(place)
     rates = {"rollouts": 8000, "evaluation": 4000, "selection": 1000, "sft": 10_000, "dpo": 10}
     results = {name: {"rate": rate} for name, rate in rates.items()}
