@@ -210,11 +210,13 @@ def _tests_table(
     return table
 
 
+def p_cell(p: float) -> str:
+    """A p-value in a column of that name: `0.025` or `<0.0001`."""
+    return p_words(p).removeprefix("p ").removeprefix("= ").replace("< ", "<")
+
+
 def _change(step: Mapping[str, Any], difference: str, p: str) -> list[str]:
     """Two cells: the change in points and its p-value; empty when there is nothing to compare with."""
     if difference not in step:
         return ["", ""]
-    return [
-        f"{100 * step[difference]:+.1f}",
-        p_words(step[p]).removeprefix("p ").removeprefix("= ").replace("< ", "<"),
-    ]
+    return [f"{100 * step[difference]:+.1f}", p_cell(step[p])]

@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from stages.page.table import p_cell
 from stages.run.errors import UserError
 from stages.run.history import parse_lock
 from stages.run.paths import LAST, LAST_ROUND, LOCK, PLATINUM_DETAILS
 from stages.stats.one import samples_in
-from stages.stats.p_value import p_words
 from stages.tools.show import cell, nearest, new_console, new_table
 
 Values = dict[str, Any]
@@ -52,15 +52,15 @@ def main(chosen: str | None) -> None:
         raise UserError("no experiment of this commit; docs/pipeline.md shows how to queue some")
     found.sort(key=lambda one: one.score, reverse=True)
     console = new_console()
-    right = ("step", "score", "gain")
+    right = ("step", "score", "gain", "p")
     table = new_table("experiment", "changed", "step", "score", "gain", "p", right=right)
     for one in found:
         changed = "\n".join(f"{key}: {cell(value)}" for key, value in changes(committed, one.params).items())
         figures = [one.state if one.state != "success" else "not trained", "", "", ""]
         if one.kept:
             gain = 100 * one.kept["difference"] if one.kept["kept"] else 0.0
-            p = p_words(one.kept["p"]).removeprefix("p = ")
-            figures = [str(one.kept["kept"]), f"{100 * one.score:.1f} %", f"{gain:+.1f}", p]
+            score = f"{100 * one.score:.1f} %"
+            figures = [str(one.kept["kept"]), score, f"{gain:+.1f}", p_cell(one.kept["p"])]
         table.add_row(one.name, changed or "nothing", *figures)
     console.print(table)
     for line in [tried(found), *luck(found)]:
