@@ -107,6 +107,7 @@ def test_a_queue_of_four_from_start_to_table(watched: Project, tmp_path: Path) -
     assert unknown.stderr.startswith("error: no experiment 'hole'; the nearest") and unknown.returncode == 1
 
     watched.run("dvc", "exp", "apply", names[0])
-    assert {"evaluate@dpo", "headline"} <= watched.status().keys()
+    stale = watched.status().keys()
+    assert "evaluate@dpo" in stale and "dpo@dpo" not in stale
     assert sum("dpo@dpo" in name for name in curves(watched)) == 4
     assert not (watched.guard / "attempts").exists()
