@@ -48,7 +48,7 @@ $(VENV)/installed-ray: $(VENV)/installed requirements-ray.txt
 repro: $(VENV)/installed
 	@$(BIN)/python -m stages repro
 
-# Three workers, as each of them waits for a third of its time; they take whole files, the long ones first (tests/conftest.py).
+# Three workers, which take whole files, the long ones first (tests/conftest.py).
 test: WHICH = -m "not ray and not slow"
 test-all: WHICH = --kills 20
 test test-all: $(VENV)/installed-dev $(VENV)/s3-server/installed

@@ -248,7 +248,7 @@ def find_shape(params: Params, found: Found | None = None) -> Shape | None:
 
 
 def estimates(params: Params, shape: Shape, device: Device, processes: int) -> Iterator[tuple[str, ...]]:
-    """(stage, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
+    """(its section, memory it needs, rows at once, whether it fits) for every stage that uses a model."""
     if not device.cuda and not computes_bf16():
         shape = replace(shape, width=4)  # it is stored in the profile's precision, and loaded in 32 bits
     for key, spec in {"sft": params.sft, **params.by_key("dpo")}.items():

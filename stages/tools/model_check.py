@@ -53,14 +53,18 @@ def long_questions(params: Params, found: Found | None, base: Path | None) -> It
 
     Nothing while `prepare` has not written the questions, or there is no model yet.
     """
-    rounds = {
-        f"{key}.max_new_tokens": (spec, [(arm.style, arm.system) for arm in spec.arms.values()])
-        for key, spec in params.by_key("rollout").items()
-    }
     looks = {"sft": params.sft, **params.by_key("dpo")}
     usual: list[Asked] = [(None, None)]
     asked: list[tuple[Path, list[Asked], str, int]] = [
-        *((TRAIN, [*arms], key, spec.max_new_tokens) for key, (spec, arms) in rounds.items()),
+        *(
+            (
+                TRAIN,
+                [(arm.style, arm.system) for arm in spec.arms.values()],
+                f"{key}.max_new_tokens",
+                spec.max_new_tokens,
+            )
+            for key, spec in params.by_key("rollout").items()
+        ),
         *(
             (VALID, usual, f"{key}.select.max_new_tokens", spec.select.max_new_tokens)
             for key, spec in looks.items()
