@@ -19,13 +19,11 @@ in the --keep folder is not run again.
 from __future__ import annotations
 
 import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from arms import Arm, arms_parser, print_differences, print_levels, run_arms
+from arms import Arm, run_experiment
 from common import ROOT, call, change
 
 from stages.regime_w.pairs import Pair, Row, select
@@ -47,15 +45,7 @@ COMPARISONS = (
 
 def main() -> None:
     """Run every arm of every seed and print the tables."""
-    options = arms_parser(__doc__).parse_args()
-    folder = (options.keep or Path(tempfile.mkdtemp(prefix="ablation-"))).resolve()
-    arms = [Arm(name, trained_on(make)) for name, make in ARMS.items()]
-    results = run_arms(arms, options, folder)
-    print_levels(results)
-    print()
-    print_differences(results, COMPARISONS)
-    if not options.keep:
-        shutil.rmtree(folder)
+    run_experiment(__doc__, [Arm(name, trained_on(make)) for name, make in ARMS.items()], COMPARISONS)
 
 
 def trained_on(make: Callable[[Path, int], None]) -> Callable[[Path, int], int]:

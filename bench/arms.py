@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,6 +60,20 @@ def arms_parser(description: str | None) -> argparse.ArgumentParser:
         "--set", dest="changes", nargs="*", default=[], metavar="KEY=VALUE", help="of the profile"
     )
     return parser
+
+
+def run_experiment(
+    description: str | None, arms: Sequence[Arm], comparisons: Sequence[tuple[str, str]]
+) -> None:
+    """The whole command: run every arm of every seed and print levels and differences."""
+    options = arms_parser(description).parse_args()
+    folder = (options.keep or Path(tempfile.mkdtemp(prefix="arms-"))).resolve()
+    results = run_arms(arms, options, folder)
+    print_levels(results)
+    print()
+    print_differences(results, comparisons)
+    if not options.keep:
+        shutil.rmtree(folder)
 
 
 def run_arms(arms: Sequence[Arm], options: argparse.Namespace, folder: Path) -> dict[str, dict[int, Any]]:

@@ -10,11 +10,9 @@ folder is not run again.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
-from arms import Arm, arms_parser, print_differences, print_levels, run_arms
+from arms import Arm, run_experiment
 from common import call, change
 
 from stages.run.files import read_jsonl
@@ -31,14 +29,7 @@ COMPARISONS = (
 
 def main() -> None:
     """Run every arm of every seed and print the tables."""
-    options = arms_parser(__doc__).parse_args()
-    folder = (options.keep or Path(tempfile.mkdtemp(prefix="rounds-"))).resolve()
-    results = run_arms([Arm(name, run) for name, run in ARMS.items()], options, folder)
-    print_levels(results)
-    print()
-    print_differences(results, COMPARISONS)
-    if not options.keep:
-        shutil.rmtree(folder)
+    run_experiment(__doc__, [Arm(name, run) for name, run in ARMS.items()], COMPARISONS)
 
 
 def one_round(place: Path, seed: int) -> int:

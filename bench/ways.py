@@ -9,12 +9,10 @@ tables, those of docs/pipeline.md. What is in the --keep folder is not run again
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from arms import Arm, arms_parser, print_differences, print_levels, run_arms
+from arms import Arm, run_experiment
 from common import call, change
 
 from stages.run.files import read_jsonl
@@ -31,16 +29,9 @@ WAYS = {  # name: loss_type, loss_weights, beta
 
 def main() -> None:
     """Run every way on every seed and print the tables."""
-    options = arms_parser(__doc__).parse_args()
-    folder = (options.keep or Path(tempfile.mkdtemp(prefix="ways-"))).resolve()
-    arms = [Arm(name, trained_by(*loss)) for name, loss in WAYS.items()]
-    results = run_arms(arms, options, folder)
-    print_levels(results)
-    print()
     first, *others = WAYS
-    print_differences(results, [(first, other) for other in others])
-    if not options.keep:
-        shutil.rmtree(folder)
+    arms = [Arm(name, trained_by(*loss)) for name, loss in WAYS.items()]
+    run_experiment(__doc__, arms, [(first, other) for other in others])
 
 
 def trained_by(losses: str, weights: str, beta: float) -> Callable[[Path, int], int]:
