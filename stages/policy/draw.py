@@ -15,6 +15,8 @@ import torch
 
 from stages.policy.request import Request
 
+LIKELIEST = 256  # tokens among which a nucleus is looked for first; to sort a whole vocabulary takes long
+
 
 class Draws:
     """The settings of a batch of requests, and the uniform numbers that decide their tokens."""
@@ -58,9 +60,9 @@ def draw(
         probabilities = _nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
     target = uniform[:, None] * cumulative[:, -1:]
-    drawn = (cumulative <= target).sum(-1).clamp(max=logits.shape[-1] - 1)
-    possible = probabilities.gather(1, drawn[:, None])[:, 0] > 0
-    return torch.where((temperature > 0) & possible, drawn, logits.argmax(-1))
+    drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+    possible = probabilities.gather(1, drawn)[:, 0] > 0
+    return torch.where((temperature > 0) & possible, drawn[:, 0], logits.argmax(-1))
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -68,9 +70,22 @@ def _nucleus(probabilities: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 
     A token as likely as the least likely one inside also counts as inside. So comparing with that least probability
     is enough. Scattering the sorted tokens back would sort them a second time on a GPU in deterministic mode.
+
+    Nearly every nucleus lies within the likeliest `LIKELIEST` tokens, so these are tried first; only a row whose
+    nucleus may be larger has its whole vocabulary sorted.
     """
-    ranked = probabilities.sort(dim=-1, descending=True).values
-    before = ranked.cumsum(-1) - ranked
-    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    least = ranked.gather(1, inside.sum(-1, keepdim=True).clamp(min=1) - 1)
-    return probabilities.where(probabilities >= least, 0.0)
+    count = min(LIKELIEST, probabilities.shape[-1])
+    least, larger = _least_inside(probabilities.topk(count).values, top_p)
+    larger &= top_p < 1
+    if count < probabilities.shape[-1] and larger.any():
+        ranked = probabilities[larger].sort(dim=-1, descending=True).values
+        least[larger] = _least_inside(ranked, top_p[larger])[0]
+    least = least.where(top_p < 1, 0.0)
+    return probabilities.where(probabilities >= least[:, None], 0.0)
+
+
+def _least_inside(ranked: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of falling probabilities, the least one inside the nucleus, and whether that is the row's last."""
+    inside = (ranked.cumsum(-1) - ranked) < top_p[:, None]
+    count = inside.sum(-1, keepdim=True).clamp(min=1)
+    return ranked.gather(1, count - 1)[:, 0], count[:, 0] == ranked.shape[-1]

@@ -15,12 +15,17 @@ from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from trl.trainer import utils as trl_utils
 
 from stages.run.files import atomic_write
 from stages.run.params import Dpo, Sft
 from stages.run.resume import TRAINER, mark_complete
 
 LENGTH = "length"  # the column with a row's tokens
+
+# On a processor TRL (add_fused_lm_head) gives the prompts' tokens to the output layer too and drops what comes out;
+# with Triton only the completions' tokens. Only this choice asks the name in this module.
+trl_utils._use_triton = lambda device: True
 
 
 @dataclass(frozen=True)
