@@ -233,13 +233,19 @@ def _note_facts(run: StageRun, when: str, seconds: float) -> None:
         "stage": run.name,
         "started": when,
         "seconds": round(seconds, 3),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mib": _peak_memory(),
         "revision": revision,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "versions": {one.name: one.version for one in metadata.distributions() if one.name in NOTED_PACKAGES},
         **run.facts,
     }
     write_json(WORK / "runs" / f"{when.replace(':', '')}-{run.name}.json", facts)
+
+
+def _peak_memory() -> int:
+    """MiB that the largest process of this stage held at once: this one, or one that it started and that has ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return round(max(resource.getrusage(kind).ru_maxrss for kind in kinds) / 1024)
 
 
 def last_runs() -> list[dict[str, Any]]:

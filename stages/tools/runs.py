@@ -1,4 +1,4 @@
-"""`python -m stages runs`: what ran on this machine, how long it took and how much memory it used."""
+"""`python -m stages runs`: what ran on this machine, how long it took, and the memory of its largest process."""
 
 from __future__ import annotations
 

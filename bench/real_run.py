@@ -1,0 +1,161 @@
+"""Fill the tables of docs/smollm2.md from a finished run, so that no figure there is typed by hand.
+
+    python bench/real_run.py ../run                      # a clone in which `dvc repro` has ended, or has come so far
+    python bench/real_run.py ../run --document other.md
+
+What stands between `<!-- NAME -->` and `<!-- end -->` is written anew, NAME being one of: `results`, `suspects` (what
+the commands of these names print there), `rollouts`, `signals` (from metrics/) and `stages` (seconds and memory).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, new_parser, note
+
+from stages.run.files import atomic_write, read_json
+
+MEASURES = ("s_end", "s_path", "s_cf", "s_wm", "length", "mean_logprob")
+
+
+def main() -> None:
+    """Rewrite the blocks of the document."""
+    parser = new_parser(__doc__)
+    parser.add_argument("folder", type=Path, help="where the run is")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs/smollm2.md")
+    options = parser.parse_args()
+    text = options.document.read_text(encoding="utf-8")
+
+    def written(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in BLOCKS:
+            raise SystemExit(
+                f"{options.document}: no block is called {name}; choose from {', '.join(BLOCKS)}"
+            )
+        note(name)
+        return f"<!-- {name} -->\n{BLOCKS[name](options.folder)}\n<!-- end -->"
+
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
+    with atomic_write(options.document) as file:
+        file.write(text)
+
+
+def printed(*command: str) -> Callable[[Path], str]:
+    """A block with what `python -m stages COMMAND` prints in the folder of the run."""
+
+    def block(folder: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "stages", *command],
+            cwd=folder,
+            env={**os.environ, "COLUMNS": "150"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines = "\n".join(line.rstrip() for line in done.stdout.splitlines()).strip("\n")
+        return f"```text\n{lines.split('Where to look next')[0].rstrip()}\n```"
+
+    return block
+
+
+def rollouts(folder: Path) -> str:
+    """Of each round: its trajectories, what became of them, and the step that DPO kept."""
+    rows = []
+    for name in rounds(folder):
+        found = read_json(folder / f"metrics/regime_w/{name}.json")
+        row = [name, f"{found['trajectories']:,}", percent(found["accuracy"])]
+        row += [percent(found["questions_with_correct"]), *soundness(found["soundness"])]
+        pairs = folder / f"metrics/preference/{name}.json"
+        kinds = read_json(pairs) if pairs.is_file() else {}
+        row += [f"{kinds[kind]['pairs']:,}" if kinds else "" for kind in ("correctness", "coherence")]
+        kept = folder / f"metrics/kept/{name}.json"
+        judged = read_json(kept) if kept.is_file() else {}
+        row.append(f"{judged['kept']} of {judged['last']}" if judged else "")
+        rows.append(row)
+    head = [
+        "round",
+        "trajectories",
+        "right, %",
+        "questions with a right one, %",
+        "sound",
+        "lucky",
+        "unproven",
+    ]
+    return table([*head, "correctness pairs", "coherence pairs", "step kept"], rows)
+
+
+def signals(folder: Path) -> str:
+    """Of each round: the AUC of each signal."""
+    rows = []
+    for name in rounds(folder):
+        found = read_json(folder / f"metrics/regime_w/{name}.json")
+        for title, block in (
+            ("right over wrong", {key: one["overall"] for key, one in found["correct_over_wrong"].items()}),
+            ("within a question", {key: one["within"] for key, one in found["correct_over_wrong"].items()}),
+            ("sound over lucky", found["sound_over_lucky"]),
+        ):
+            rows.append([name, title, *(auc(block.get(measure)) for measure in MEASURES)])
+    return table(["round", "AUC", *MEASURES], rows)
+
+
+def stages(folder: Path) -> str:
+    """The last run of each stage: seconds, and MiB of its largest process."""
+    last = {
+        (facts := read_json(path))["stage"]: facts for path in sorted((folder / ".work/runs").glob("*.json"))
+    }
+    rows = [
+        [name, f"{facts['seconds']:,.0f}", f"{facts['peak_memory_mib']:,}"] for name, facts in last.items()
+    ]
+    total = sum(facts["seconds"] for facts in last.values())
+    return table(["stage", "seconds", "memory, MiB"], [*rows, ["all", f"{total:,.0f}", ""]])
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "results": printed("results"),
+    "suspects": printed("suspects", "--limit", "10"),
+    "rollouts": rollouts,
+    "signals": signals,
+    "stages": stages,
+}
+
+
+def rounds(folder: Path) -> list[str]:
+    """The rounds that have scored trajectories, in the order of their runs."""
+    return sorted(
+        (path.stem for path in (folder / "metrics/regime_w").glob("*.json")),
+        key=lambda name: (name == "dpo", name),
+    )
+
+
+def percent(share: float) -> str:
+    """A share in percent."""
+    return f"{100 * share:.1f}"
+
+
+def soundness(found: dict[str, int]) -> list[str]:
+    """How many right trajectories are sound, lucky, unproven."""
+    return [f"{found[kind]:,}" for kind in ("sound", "lucky", "unproven")]
+
+
+def auc(found: dict[str, Any] | None) -> str:
+    """An AUC with its interval, or a dash."""
+    if not found or found["auc"] is None:
+        return "–"
+    if found["low"] is None:
+        return f"{found['auc']:.2f}"
+    return f"{found['auc']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":
+    main()
