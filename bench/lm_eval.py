@@ -1,12 +1,13 @@
-"""Greedy evaluation on Platinum: ours against lm-evaluation-harness, on one model, in one run.
+"""Greedy evaluation on Platinum: ours against lm-evaluation-harness and plain `generate`, on one model, in one run.
 
     python3 -m venv bench/.venv && bench/.venv/bin/pip install -r bench/requirements.txt
     python bench/lm_eval.py --batch-sizes 1 64 256     # after `dvc repro`
 
 Ours is `python -m stages evaluate` with `evaluate.samples: 0`, for the SFT policy or the one that --policy names. The
 harness is `lm_eval run --model hf` with the adapter by `peft=` and its own gsm8k task, in which the questions, the
-prompt, the token limit and the end token are replaced by ours; filters and metric stay. Both have the profile's
-threads, and compute in 32 bits on a processor that has no bf16 instructions.
+prompt, the token limit and the end token are replaced by ours; filters and metric stay. Plain `generate` is
+bench/plain.py, graded by ours. All have as many threads as the profile has threads and processes together, and compute
+in 32 bits on a processor that has no bf16 instructions.
 
 Every round runs all of them, one after the other, so that a busy moment of the machine does not hit one alone. The
 least of all rounds counts. "whole command" begins with starting Python, "generating" is what each reports of itself,
@@ -47,6 +48,7 @@ HARNESS = ROOT / "bench/.venv/bin/lm_eval"
 GSM8K = "lib/python*/site-packages/lm_eval/tasks/gsm8k/gsm8k.yaml"  # in the harness's environment
 FILTERS = {"strict-match": ("correct", "answer"), "flexible-extract": ("flexible_correct", "flexible_answer")}
 LAST_BAR = re.compile(r"Running generate_until requests: 100%[^\r\n]*\[[^\]]*?([0-9.]+)(it/s|s/it)\]")
+PLAIN = "plain generate"
 Row = dict[str, Any]
 
 
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-sizes", nargs="+", default=["1", "64"], help="of the harness, `auto` too; its default is 1"
     )
+    parser.add_argument("--generate", help="also plain `generate`, with so many questions in a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policy", default="sft", help="which one to evaluate, `base` too")
     parser.add_argument("--threads", type=int, help="of both (default: the profile's)")
@@ -91,11 +94,14 @@ def main() -> None:
         (place / TESTS).touch()
         params = load_params(place)
         write_task(place, params, harness)
-        runs: dict[str, list[Timed]] = {name: [] for name in ("ours", *options.batch_sizes)}
+        plain = [PLAIN] if options.generate else []
+        runs: dict[str, list[Timed]] = {name: [] for name in ("ours", *plain, *options.batch_sizes)}
         for number in range(options.rounds):
             for name, timed in runs.items():
                 if name == "ours":
                     run = run_ours(place, params, options.policy)
+                elif name == PLAIN:
+                    run = run_plain(place, params, options.policy, options.generate)
                 else:
                     run = run_harness(place, params, options.policy, harness, name)
                 timed.append(run)
@@ -143,6 +149,13 @@ def run_ours(place: Path, params: Params, policy: str) -> Timed:
     return Timed(whole, facts["seconds_of"]["generating"], processor, rows)
 
 
+def run_plain(place: Path, params: Params, policy: str, size: str) -> Timed:
+    """bench/plain.py, in fixed batches."""
+    command = [sys.executable, str(ROOT / "bench/plain.py"), policy, size, "plain.jsonl"]
+    whole, processor, printed = clock(command, place, params)
+    return Timed(whole, float(printed.split()[-1]), processor, list(read_jsonl(place / "plain.jsonl")))
+
+
 def run_harness(place: Path, params: Params, policy: str, harness: Path, batch_size: str) -> Timed:
     """`lm_eval run` with one batch size; its rows are in our order, one for each question and filter."""
     model = f"pretrained={BASE},dtype={'auto' if computes_bf16() else 'float32'}"
@@ -166,12 +179,12 @@ def run_harness(place: Path, params: Params, policy: str, harness: Path, batch_s
 
 
 def clock(command: Sequence[str], place: Path, params: Params) -> tuple[float, float, str]:
-    """Run a command in `place` without network: its seconds, its processor seconds, its stderr."""
+    """Run a command in `place` without network: its seconds, its processor seconds, what it printed."""
     environment = {
         **os.environ,
         **dict.fromkeys(OFFLINE, "1"),
         "HF_HOME": str(place / "hf"),
-        "OMP_NUM_THREADS": str(params.hardware.threads),
+        "OMP_NUM_THREADS": str(cores(params)),
         "TOKENIZERS_PARALLELISM": "false",
     }
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -179,7 +192,18 @@ def clock(command: Sequence[str], place: Path, params: Params) -> tuple[float, f
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: failed\n{done.stderr[-2000:]}")
-    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stderr
+    return (
+        seconds,
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        done.stderr + done.stdout,
+    )
+
+
+def cores(params: Params) -> int:
+    """The cores that ours keeps busy; its own processes set their own threads."""
+    hardware = params.hardware
+    processes = hardware.processes if isinstance(hardware.processes, int) else 1
+    return processes * (hardware.threads or os.cpu_count() or 1)
 
 
 def report(runs: dict[str, list[Timed]], params: Params, harness: Path) -> None:
@@ -197,10 +221,15 @@ def report(runs: dict[str, list[Timed]], params: Params, harness: Path) -> None:
             table.append(["ours", *times, *accuracy, "", ""])
             continue
         times = [f"{a:.1f} s ({a / b:.1f}x)" for a, b in zip(least[name], least["ours"], strict=True)]
+        if name == PLAIN:
+            accuracy = [share(row[key] for row in rows) for key, _ in FILTERS.values()]
+            pairs = list(zip(rows, ours, strict=True))
+            differing = sum(row[key] != own[key] for row, own in pairs for key, _ in FILTERS.values())
+            table.append([name, *times, *accuracy, alike(rows, ours), str(differing)])
+            continue
         by_filter = {key: [row for row in rows if row["filter"] == key] for key in FILTERS}
         check_prompts(by_filter["strict-match"], ours, params)
-        completions = zip(by_filter["strict-match"], ours, strict=True)
-        same = f"{sum(text(row) == text(own) for row, own in completions):,} of {len(ours):,}"
+        same = alike(by_filter["strict-match"], ours)
         differing = [found for key in FILTERS for found in differences(key, ours, by_filter[key])]
         print(f"lm-eval, batch {name}: {len(differing)} verdicts of {len(rows):,} differ")
         for reason, count in Counter(reason for reason, _ in differing).most_common():
@@ -209,8 +238,7 @@ def report(runs: dict[str, list[Timed]], params: Params, harness: Path) -> None:
             print(f"  {line}: {reason}")
         accuracy = [share(row["exact_match"] for row in by_filter[key]) for key in FILTERS]
         table.append([f"lm-eval, batch {name}", *times, *accuracy, same, str(len(differing))])
-    cores = params.hardware.threads or os.cpu_count() or 1
-    print(f"\n{len(ours):,} questions, profile {params.profile}, {machine(cores)}")
+    print(f"\n{len(ours):,} questions, profile {params.profile}, {machine(cores(params))}")
     script = "from importlib.metadata import version as v; print(v('lm_eval'), v('transformers'), v('torch'))"
     theirs = subprocess.run(
         [harness.with_name("python"), "-c", script], check=True, capture_output=True, text=True
@@ -262,6 +290,12 @@ def text(row: Row) -> str:
     """The completion in a row of ours or of the harness's."""
     completion: str = row["completion"] if "completion" in row else row["resps"][0][0]
     return completion
+
+
+def alike(theirs: list[Row], ours: list[Row]) -> str:
+    """On how many questions the completions are the same."""
+    count = sum(text(row) == text(own) for row, own in zip(theirs, ours, strict=True))
+    return f"{count:,} of {len(ours):,}"
 
 
 def share(verdicts: Iterable[float]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stages.policy.draw import draw
+from stages.policy.draw import LIKELIEST, draw
 
 VOCABULARY, ROWS = 64, 400
 LARGEST = 1 - 2**-24  # the largest uniform number there is in 32 bits
@@ -46,3 +46,27 @@ def test_what_rounding_cannot_touch_is_drawn_by_the_sums() -> None:
     uniform = torch.tensor([0.0, 0.49, 0.51, LARGEST])
     assert draw(logits, torch.ones(4), None, uniform).tolist() == [0, 0, 2, 2]
     assert draw(logits, torch.zeros(4), None, uniform).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "width", [LIKELIEST // 2, 8 * LIKELIEST], ids=["small vocabulary", "large vocabulary"]
+)
+@pytest.mark.parametrize("spread", [0.1, 8.0], ids=["flat", "peaked"])
+def test_a_nucleus_is_that_of_the_whole_sorted_vocabulary(width: int, spread: float) -> None:
+    """Where the likeliest tokens tried first hold it, and where they do not (flat, large)."""
+    random = torch.Generator().manual_seed(5)
+    logits = spread * torch.randn(ROWS, width, generator=random)
+    top_p = torch.rand(ROWS, generator=random).mul(0.98).add(0.01)
+    top_p[::8] = 1.0  # no nucleus
+    uniform = torch.rand(ROWS, generator=random)
+    drawn = draw(logits, torch.ones(ROWS), top_p, uniform)
+    assert torch.equal(drawn[::8], draw(logits, torch.ones(ROWS), None, uniform)[::8])
+    lowest = draw(logits, torch.ones(ROWS), top_p, torch.zeros(ROWS))
+    highest = draw(logits, torch.ones(ROWS), top_p, torch.full((ROWS,), LARGEST))
+    for row in range(ROWS):
+        ranked = logits[row].softmax(-1).sort(descending=True)
+        inside = (ranked.values.cumsum(-1) - ranked.values) < top_p[row]
+        nucleus = set(ranked.indices[inside].tolist())
+        assert drawn[row].item() in nucleus
+        if top_p[row] < 1:
+            assert (lowest[row].item(), highest[row].item()) == (min(nucleus), max(nucleus))

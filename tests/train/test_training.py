@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, SFTConfig
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import use_adapter
 
 from stages import sft
@@ -636,6 +637,36 @@ def test_sft_alone_computes_the_chosen_answers_and_nothing_else(
     trainer.compute_loss(trainer.model, batch)
     assert given == [(1, len(row["prompt_ids"]) + len(row["chosen_ids"]))]
     assert batch["input_ids"].shape[1] > given[0][1]
+
+
+@pytest.mark.parametrize("phase", ["sft", "dpo"])
+def test_the_output_layer_sees_no_prompt(
+    project: SimpleNamespace,
+    base_folder: Path,
+    sft_adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+) -> None:
+    """TRL by itself gives it every token on a processor, and the prompts are most of them."""
+    function, given = trl_utils._ChunkedLogProbFunction, []
+    apply = function.apply
+
+    def counted(hidden: torch.Tensor, *args: Any) -> Any:
+        given.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(function, "apply", counted)
+    trainer: Any
+    if phase == "sft":
+        trainer = sft_trainer(project, base_folder, SINGLE)
+        batch = next(iter(trainer.get_train_dataloader()))
+        wanted = [int((batch["labels"] != -100).sum())]
+    else:
+        trainer, _ = dpo_trainer(project, base_folder, sft_adapter, at_once=SINGLE)
+        batch = next(iter(trainer.get_train_dataloader()))
+        wanted = [int(batch["completion_mask"].sum())] * 2  # of the policy and of its reference
+    trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    assert given == wanted and wanted[0] < batch["input_ids"].numel() / 2
 
 
 # ---- Which step is kept --------------------------------------------------------------------------------
