@@ -1,7 +1,6 @@
-"""Fill the tables of docs/smollm2.md from a finished run, so that no figure there is typed by hand.
+"""Fill the tables of a page about a run, so that no figure there is typed by hand.
 
-    python bench/real_run.py ../run                      # a clone in which `dvc repro` has ended, or has come so far
-    python bench/real_run.py ../run --document other.md
+    python bench/real_run.py ../run page.md              # a clone in which `dvc repro` has ended, and the page
 
 What stands between `<!-- NAME -->` and `<!-- end -->` is written anew, NAME being one of: `results`, `suspects` (what
 the commands of these names print there), `rollouts`, `signals` (from metrics/) and `stages` (seconds and memory).
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, new_parser, note
+from common import new_parser, note
 
 from stages.run.files import atomic_write, read_json
 
@@ -25,24 +24,22 @@ MEASURES = ("s_end", "s_path", "s_cf", "s_wm", "length", "mean_logprob")
 
 
 def main() -> None:
-    """Rewrite the blocks of the document."""
+    """Rewrite the blocks of the page."""
     parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="where the run is")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs/smollm2.md")
+    parser.add_argument("page", type=Path)
     options = parser.parse_args()
-    text = options.document.read_text(encoding="utf-8")
+    text = options.page.read_text(encoding="utf-8")
 
     def written(match: re.Match[str]) -> str:
         name = match[1]
         if name not in BLOCKS:
-            raise SystemExit(
-                f"{options.document}: no block is called {name}; choose from {', '.join(BLOCKS)}"
-            )
+            raise SystemExit(f"{options.page}: no block is called {name}; choose from {', '.join(BLOCKS)}")
         note(name)
         return f"<!-- {name} -->\n{BLOCKS[name](options.folder)}\n<!-- end -->"
 
     text = re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
-    with atomic_write(options.document) as file:
+    with atomic_write(options.page) as file:
         file.write(text)
 
 
