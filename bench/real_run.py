@@ -3,7 +3,8 @@
     python bench/real_run.py ../run page.md              # a clone in which `dvc repro` has ended, and the page
 
 What stands between `<!-- NAME -->` and `<!-- end -->` is written anew, NAME being one of: `results`, `suspects` (what
-the commands of these names print there), `rollouts`, `signals` (from metrics/) and `stages` (seconds and memory).
+the commands of these names print there), `rollouts` (from metrics/) and `stages` (seconds and memory). For the
+signals see signals.py.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from common import new_parser, note
 
 from stages.run.files import atomic_write, read_json
-
-MEASURES = ("s_end", "s_path", "s_cf", "s_wm", "length", "mean_logprob")
 
 
 def main() -> None:
@@ -29,6 +27,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the run is")
     parser.add_argument("page", type=Path)
     options = parser.parse_args()
+    for needed in (options.page, options.folder / "metrics/comparison.json"):
+        if not needed.is_file():
+            raise SystemExit(
+                f"{needed}: is missing; name a folder in which `dvc repro` has ended, and a page"
+            )
     text = options.page.read_text(encoding="utf-8")
 
     def written(match: re.Match[str]) -> str:
@@ -67,7 +70,10 @@ def rollouts(folder: Path) -> str:
     for name in rounds(folder):
         found = read_json(folder / f"metrics/regime_w/{name}.json")
         row = [name, f"{found['trajectories']:,}", percent(found["accuracy"])]
-        row += [percent(found["questions_with_correct"]), *soundness(found["soundness"])]
+        row += [
+            percent(found["questions_with_correct"]),
+            *(f"{found['soundness'][kind]:,}" for kind in ("sound", "lucky", "unproven")),
+        ]
         pairs = folder / f"metrics/preference/{name}.json"
         kinds = read_json(pairs) if pairs.is_file() else {}
         row += [f"{kinds[kind]['pairs']:,}" if kinds else "" for kind in ("correctness", "coherence")]
@@ -87,20 +93,6 @@ def rollouts(folder: Path) -> str:
     return table([*head, "correctness pairs", "coherence pairs", "step kept"], rows)
 
 
-def signals(folder: Path) -> str:
-    """Of each round: the AUC of each signal."""
-    rows = []
-    for name in rounds(folder):
-        found = read_json(folder / f"metrics/regime_w/{name}.json")
-        for title, block in (
-            ("right over wrong", {key: one["overall"] for key, one in found["correct_over_wrong"].items()}),
-            ("within a question", {key: one["within"] for key, one in found["correct_over_wrong"].items()}),
-            ("sound over lucky", found["sound_over_lucky"]),
-        ):
-            rows.append([name, title, *(auc(block.get(measure)) for measure in MEASURES)])
-    return table(["round", "AUC", *MEASURES], rows)
-
-
 def stages(folder: Path) -> str:
     """The last run of each stage: seconds, and MiB of its largest process."""
     last = {
@@ -117,7 +109,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "results": printed("results"),
     "suspects": printed("suspects", "--limit", "10"),
     "rollouts": rollouts,
-    "signals": signals,
     "stages": stages,
 }
 
@@ -133,20 +124,6 @@ def rounds(folder: Path) -> list[str]:
 def percent(share: float) -> str:
     """A share in percent."""
     return f"{100 * share:.1f}"
-
-
-def soundness(found: dict[str, int]) -> list[str]:
-    """How many right trajectories are sound, lucky, unproven."""
-    return [f"{found[kind]:,}" for kind in ("sound", "lucky", "unproven")]
-
-
-def auc(found: dict[str, Any] | None) -> str:
-    """An AUC with its interval, or a dash."""
-    if not found or found["auc"] is None:
-        return "–"
-    if found["low"] is None:
-        return f"{found['auc']:.2f}"
-    return f"{found['auc']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
