@@ -215,6 +215,20 @@ def test_a_shared_prompt_is_read_once(model: Any) -> None:
     assert widths[1][1] == 1
 
 
+def test_the_output_layer_gets_no_view(model: Any) -> None:
+    """A view of the last tokens would make torch copy that layer's weights once for each row."""
+    seen: list[tuple[int, bool]] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append((inputs[0].shape[1], inputs[0].is_contiguous()))
+    )
+    try:
+        complete(in_memory(model), [Request(str(i), prompt, 3) for i, prompt in enumerate(prompts(4))])
+    finally:
+        hook.remove()
+    assert len(seen) > 1  # the prompts, then single tokens
+    assert set(seen) == {(1, True)}
+
+
 def test_the_cache_grows_by_doubling_and_never_beyond_the_longest_row(model: Any) -> None:
     """A long answer copies what is there a few times, not every 64 tokens."""
     rooms: list[int] = []
