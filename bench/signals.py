@@ -42,6 +42,7 @@ from stages.run.paths import LAST
 MEASURES = ("s_end", "s_path", "s_cf", "s_wm", "length", "mean_logprob")
 NAMES = {"mean_logprob": "log-prob."}
 BASELINE = "length"
+FEWEST = 10  # questions; fewer show nothing
 QUESTIONS = ("right over wrong, overall", "right over wrong, within a question", "sound over lucky")
 GROUPS = "GSM8K example solutions"
 
@@ -110,7 +111,8 @@ def ranks(metrics: Mapping[str, Any], source: str) -> Ranks:
         for name in MEASURES:
             values = (over_wrong[name]["overall"], over_wrong[name]["within"], over_lucky[name])
             for asked, value in zip(QUESTIONS, values, strict=True):
-                found[asked][name] = None if value["auc"] is None else Auc(**value)
+                few = (value.get("questions") or FEWEST) < FEWEST
+                found[asked][name] = None if few or value["auc"] is None else Auc(**value)
     except (KeyError, TypeError) as error:
         raise SystemExit(f"{source}: is no {LAST.regime_w} ({error!r})") from None
     return found

@@ -96,7 +96,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], 
         return left + (value - low) / (high - low) * (WIDTH - left - 24)
 
     parts = [_open(title, height)]
-    for value in ticks(low, high):
+    for value in ticks(low, high, 3):  # labels in percent are wide
         x = at(value)
         parts.append(f'<path class="grid" d="M{x:.1f} {TOP}V{height - 22}"/>')
         parts.append(
