@@ -27,7 +27,8 @@ head, Q in the adapter, N layers of width D: forward 2PL + 2HA + 2QL + 2NDL^2. T
 causal half counts. LoRA training is the forward, then as much for the gradients by the activations, then 2QL for
 the adapter's gradients and 2NDL^2 more for attention, both of whose factors have a gradient. DPO is that for both
 rows of a pair, and a forward of each by the reference. Recomputation (gradient checkpointing) gets no credit. The
-share is of the bf16 matmul rate of this chip in this run, on square matrices of 8,192.
+share is of this chip's matmul rate in this run, in the model's precision, on square matrices of 8,192 (on a
+processor, of 512).
 
 The projection is the profile's pipeline: 7,473 examples times its epochs, its rollouts, the most pairs that its
 questions can give, the selection, three evaluations. It leaves out downloads, loading of weights, and stages without
@@ -386,12 +387,21 @@ def memory_used() -> dict[str, int]:
     return {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def precision(shape: str) -> Any:
+    """The torch type in which a model of this shape is computed here."""
+    import torch
+
+    half = torch.cuda.is_available() or (shape != "small" and computes_bf16())
+    return torch.bfloat16 if half else torch.float32
+
+
 def measure_matmul(run: StageRun, plan: dict[str, Any]) -> dict[str, Result]:
     """The chip, how many there are, and FLOPs a second in the fastest of five runs of large products."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, times, kind = (8192, 100, torch.bfloat16) if device == "cuda" else (512, 20, torch.float32)
+    size, times = (8192, 100) if device == "cuda" else (512, 20)
+    kind = precision(plan["shape"])
     left, right = (torch.randn(size, size, device=device, dtype=kind) for _ in range(2))
     best = math.inf
     for turn in range(6):
@@ -453,9 +463,8 @@ def build_policy(run: StageRun, shape: str) -> tuple[Any, Any]:
     config = MistralConfig(
         **SHAPES[shape], sliding_window=None, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
-    dtype = torch.bfloat16 if device != "cpu" or (shape != "small" and computes_bf16()) else torch.float32
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=precision(shape))
     spec = run.params.sft.lora
     lora = LoraConfig(
         r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules="all-linear",
