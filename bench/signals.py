@@ -111,7 +111,7 @@ def ranks(metrics: Mapping[str, Any], source: str) -> Ranks:
         for name in MEASURES:
             values = (over_wrong[name]["overall"], over_wrong[name]["within"], over_lucky[name])
             for asked, value in zip(QUESTIONS, values, strict=True):
-                few = (value.get("questions") or FEWEST) < FEWEST
+                few = value.get("questions", FEWEST) < FEWEST
                 found[asked][name] = None if few or value["auc"] is None else Auc(**value)
     except (KeyError, TypeError) as error:
         raise SystemExit(f"{source}: is no {LAST.regime_w} ({error!r})") from None
