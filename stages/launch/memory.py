@@ -206,10 +206,10 @@ def head_bytes(shape: Shape, tokens: int, cuda: bool) -> tuple[int, int]:
 def generation_need(shape: Shape, rank: int | None, prompt: int, new: int) -> Need:
     """Memory of generation with transformers, for prompts and completions of at most `prompt` and `new` tokens.
 
-    Fixed: the weights, and the adapter in 32 bits (`rank` None: no adapter). A row: its keys and values in every block,
-    and those of two more blocks for the moment when the cache grows or drops finished rows. The cache grows by
-    doubling once the prompts are read, to the longest row at most. Added is the larger of two peaks: reading the
-    prompts, or drawing a token from the logits.
+    Fixed: the weights, and the adapter in 32 bits, as while it trains (`rank` None: no adapter). A row: its keys and
+    values in every block, and those of two more blocks for the moment when the cache grows or drops finished rows. The
+    cache grows by doubling once the prompts are read, to the longest row at most. Added is the larger of two peaks:
+    reading the prompts, or drawing a token from the logits.
     """
     fixed = shape.parameters() * shape.width + (shape.adapter_parameters(rank) * 4 if rank else 0)
     token = 2 * shape.keys * shape.width * (shape.layers + 2)

@@ -46,12 +46,22 @@ def load_tokenizer(folder: Path = BASE) -> Any:
 
 
 def load_policy(adapter: Path | None, base: Path = BASE, trainable: bool = False) -> tuple[Any, Any]:
-    """The base model with `adapter` applied unmerged (or none), and its tokenizer."""
+    """The base model with `adapter` applied unmerged (or none), and its tokenizer.
+
+    To be trained, the adapter is in 32 bits; else in the base's precision, as in vLLM, where no layer has to convert
+    its input and output.
+    """
     model, tokenizer = load_base(base)
     if adapter is not None:
         # Told no device, PEFT reads the weights onto GPU 0 (infer_device), in every process.
         device = str(model.device)
-        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, torch_device=device)
+        model = PeftModel.from_pretrained(
+            model,
+            str(adapter),
+            is_trainable=trainable,
+            autocast_adapter_dtype=trainable,
+            torch_device=device,
+        )
     return model.train(trainable), tokenizer
 
 

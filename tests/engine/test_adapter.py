@@ -1,4 +1,4 @@
-"""Where a policy is loaded: each of several processes on its own GPU, and nothing of it on another one."""
+"""Where a policy is loaded, each of several processes on its own GPU and nothing of it on another, and how precise."""
 
 from __future__ import annotations
 
@@ -72,3 +72,21 @@ def test_a_processor_without_bf16_computes_in_32_bits(
     assert {one.dtype for one in loaded.parameters()} == {stored if bf16 else torch.float32}
     pairs = zip(loaded.parameters(), base.parameters(), strict=True)
     assert all(torch.equal(one.float(), other.float()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_an_adapter_is_in_32_bits_only_to_be_trained(
+    model: Any, policy_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: torch.dtype
+) -> None:
+    """To generate, its weights are rounded to the model's precision."""
+    monkeypatch.setattr(adapter, "computes_bf16", lambda: True)
+    monkeypatch.setattr(adapter, "load_tokenizer", lambda _: None)
+    base, _ = adapter.load_base(policy_folder / "base")
+    base.to(stored).save_pretrained(tmp_path)
+    saved = adapter.read_adapter(policy_folder / "adapter")
+    for trainable, dtype in [(True, torch.float32), (False, stored)]:
+        loaded, _ = adapter.load_policy(policy_folder / "adapter", tmp_path, trainable=trainable)
+        weights = adapter.adapter_weights(loaded)
+        assert weights.keys() == saved.keys()
+        assert all(torch.equal(one, saved[name].to(dtype)) for name, one in weights.items())
+        assert {one.dtype for one in weights.values()} == {dtype}
