@@ -1,10 +1,11 @@
 """Fill the tables of a page about a run, so that no figure there is typed by hand.
 
     python bench/real_run.py ../run page.md              # a clone in which `dvc repro` has ended, and the page
+    python bench/real_run.py ../gsm8k page.md --run gsm8k  # another run on the same page
 
 What stands between `<!-- NAME -->` and `<!-- end -->` is written anew, NAME being one of: `results`, `suspects` (what
-the commands of these names print there), `rollouts` (from metrics/) and `stages` (seconds and memory). For the
-signals see signals.py.
+the commands of these names print there), `rollouts` (from metrics/) and `stages` (seconds and memory). With --run the
+blocks are those called `<!-- gsm8k NAME -->`, and the others stay. For the signals see signals.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("folder", type=Path, help="where the run is")
     parser.add_argument("page", type=Path)
+    parser.add_argument("--run", default="", help="the word that the names of the run's blocks begin with")
     options = parser.parse_args()
     for needed in (options.page, options.folder / "metrics/comparison.json"):
         if not needed.is_file():
@@ -39,9 +41,15 @@ def main() -> None:
         if name not in BLOCKS:
             raise SystemExit(f"{options.page}: no block is called {name}; choose from {', '.join(BLOCKS)}")
         note(name)
-        return f"<!-- {name} -->\n{BLOCKS[name](options.folder)}\n<!-- end -->"
+        return f"<!-- {prefix}{name} -->\n{BLOCKS[name](options.folder)}\n<!-- end -->"
 
-    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", written, text, flags=re.DOTALL)
+    prefix = f"{options.run} " if options.run else ""
+    pattern = rf"<!-- {re.escape(prefix)}(\w+) -->\n.*?<!-- end -->"
+    text, found = re.subn(pattern, written, text, flags=re.DOTALL)
+    if not found:
+        raise SystemExit(
+            f"{options.page}: no block begins with `<!-- {prefix}`; write one, with `<!-- end -->` under it"
+        )
     with atomic_write(options.page) as file:
         file.write(text)
 

