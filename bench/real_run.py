@@ -4,8 +4,9 @@
     python bench/real_run.py ../gsm8k page.md --run gsm8k  # another run on the same page
 
 What stands between `<!-- NAME -->` and `<!-- end -->` is written anew, NAME being one of: `results`, `suspects` (what
-the commands of these names print there), `rollouts` (from metrics/) and `stages` (seconds and memory). With --run the
-blocks are those called `<!-- gsm8k NAME -->`, and the others stay. For the signals see signals.py.
+the commands of these names print there), `sft` (the base model beside SFT, where `dvc repro evaluate@base evaluate@sft`
+was the whole run), `rollouts` (from metrics/) and `stages` (seconds and memory). With --run the blocks are those called
+`<!-- gsm8k NAME -->`, and the others stay. For the signals see signals.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 from common import new_parser, note
 
 from stages.run.files import atomic_write, read_json
+from stages.stats.looks import kept_words
+
+SFT_JUDGED = "metrics/kept/sft.json"
 
 
 def main() -> None:
@@ -29,7 +33,7 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--run", default="", help="the word that the names of the run's blocks begin with")
     options = parser.parse_args()
-    for needed in (options.page, options.folder / "metrics/comparison.json"):
+    for needed in (options.page, options.folder / SFT_JUDGED):
         if not needed.is_file():
             raise SystemExit(
                 f"{needed}: is missing; name a folder in which `dvc repro` has ended, and a page"
@@ -70,6 +74,13 @@ def printed(*command: str) -> Callable[[Path], str]:
         return f"```text\n{lines.split('Where to look next')[0].rstrip()}\n```"
 
     return block
+
+
+def sft(folder: Path) -> str:
+    """The step that SFT kept, and its greedy answers beside those of the base model."""
+    answers = [f"data/platinum_eval/{policy}.jsonl" for policy in ("base", "sft")]
+    head = f"```text\nSFT {kept_words(read_json(folder / SFT_JUDGED))}\n\n"
+    return printed("compare", *answers)(folder).replace("```text\n", head, 1)
 
 
 def rollouts(folder: Path) -> str:
@@ -115,6 +126,7 @@ def stages(folder: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "results": printed("results"),
+    "sft": sft,
     "suspects": printed("suspects", "--limit", "10"),
     "rollouts": rollouts,
     "stages": stages,

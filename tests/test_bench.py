@@ -178,8 +178,8 @@ def test_each_run_fills_its_own_blocks_of_a_page(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     real_run = importlib.import_module("real_run")
     page, folder = tmp_path / "page.md", tmp_path / "run"
-    (folder / "metrics").mkdir(parents=True)
-    (folder / "metrics/comparison.json").write_text("{}", encoding="utf-8")
+    (folder / "metrics/kept").mkdir(parents=True)
+    (folder / "metrics/kept/sft.json").write_text("{}", encoding="utf-8")
     (folder / ".work/runs").mkdir(parents=True)
     facts = {"stage": "base", "seconds": 61.2, "peak_memory_mib": 1186}
     (folder / ".work/runs/1.json").write_text(json.dumps(facts), encoding="utf-8")
