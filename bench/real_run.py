@@ -48,7 +48,7 @@ def main() -> None:
         return f"<!-- {prefix}{name} -->\n{BLOCKS[name](options.folder)}\n<!-- end -->"
 
     prefix = f"{options.run} " if options.run else ""
-    pattern = rf"<!-- {re.escape(prefix)}(\w+) -->\n.*?<!-- end -->"
+    pattern = rf"<!-- {re.escape(prefix)}(?!end )(\w+) -->\n.*?<!-- end -->"
     text, found = re.subn(pattern, written, text, flags=re.DOTALL)
     if not found:
         raise SystemExit(

@@ -183,11 +183,11 @@ def test_each_run_fills_its_own_blocks_of_a_page(tmp_path: Path, monkeypatch: py
     (folder / ".work/runs").mkdir(parents=True)
     facts = {"stage": "base", "seconds": 61.2, "peak_memory_mib": 1186}
     (folder / ".work/runs/1.json").write_text(json.dumps(facts), encoding="utf-8")
-    before = "# A\n<!-- stages -->\nold\n<!-- end -->\n<!-- gsm8k stages -->\nold\n<!-- end -->\n"
+    before = "<!-- gsm8k stages -->\nold\n<!-- end -->\n<!-- stages -->\nold\n<!-- end -->\n"
     filled = "| stage | seconds | memory, MiB |\n| --- | --- | --- |\n| base | 61 | 1,186 |\n| all | 61 |  |"
     for given, expected in [
-        ([], before.replace("old", filled, 1)),
-        (["--run", "gsm8k"], before.replace("gsm8k stages -->\nold", f"gsm8k stages -->\n{filled}")),
+        ([], before.replace("<!-- stages -->\nold", f"<!-- stages -->\n{filled}")),
+        (["--run", "gsm8k"], before.replace("old", filled, 1)),
     ]:
         page.write_text(before, encoding="utf-8")
         monkeypatch.setattr(sys, "argv", ["real_run.py", str(folder), str(page), *given])
