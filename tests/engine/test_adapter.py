@@ -1,4 +1,4 @@
-"""Where a policy is loaded, each of several processes on its own GPU and nothing of it on another, and how precise."""
+"""Where a policy is loaded, each of several processes on its own GPU alone, and in which precision."""
 
 from __future__ import annotations
 
